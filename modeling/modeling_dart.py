@@ -1,0 +1,317 @@
+"""DART with a ViT (DeiT) encoder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_dart import DartConfig
+from .region_partition import Regions
+from .region_scorer import DEAD_SCORER, RegionScorer, ScoreStatistics
+from .region_tokenizer import RegionTokenizer
+
+
+@dataclass
+class DartModelOutput(BaseModelOutputWithPooling):
+    """[`BaseModelOutputWithPooling`] and, on request, the regions of the tokens."""
+
+    regions: Regions | None = None
+
+
+@dataclass
+class DartImageClassifierOutput(ImageClassifierOutput):
+    """[`ImageClassifierOutput`] and, on request, the regions of the tokens."""
+
+    regions: Regions | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also returns its weights; arguments and results as in `ALL_ATTENTION_FUNCTIONS`."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DartAttention(nn.Module):
+    """Multi-head self-attention: (B, L, D) -> (B, L, D) and, from the eager implementation, its weights."""
+
+    def __init__(self, config: DartConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_and_length = hidden_states.shape[:-1]
+
+        def split_heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            split_heads(self.q_proj(hidden_states)),
+            split_heads(self.k_proj(hidden_states)),
+            split_heads(self.v_proj(hidden_states)),
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*batch_and_length, -1)), weights
+
+
+class DartMLP(nn.Module):
+    def __init__(self, config: DartConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class DartLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block with stochastic depth."""
+
+    def __init__(self, config: DartConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = DartAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DartMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
+        return hidden_states + self.drop_path(self.dropout(transformed))
+
+
+class DartPreTrainedModel(PreTrainedModel):
+    """Weights, loading, and the scorer's freezing, common to the models below."""
+
+    config: DartConfig
+    config_class = DartConfig
+    base_model_prefix = "dart"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RegionTokenizer", "DartLayer"]
+    _keep_in_fp32_modules_strict = ["statistics"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DartLayer, "attentions": DartAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, RegionScorer):
+            module.initialize_trunk()
+            init.zeros_(module.trunk_loaded)
+        elif isinstance(module, ScoreStatistics):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, RegionTokenizer):
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, DartModel):
+            init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Loading makes every parameter trainable again.
+        model.scorer.set_frozen(model.config.scorer_frozen)
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # The saved code holds the bare model too: let `AutoModel` find it in a classifier's folder.
+        if self._auto_class is not None:
+            self.config.auto_map = {
+                "AutoModel": "modeling_dart.DartModel",
+                **(getattr(self.config, "auto_map", None) or {}),
+            }
+        super().save_pretrained(*args, **kwargs)
+
+    @property
+    def scorer(self) -> RegionScorer:
+        """The scoring network inside the tokenizer."""
+        return self.base_model.tokenizer.scorer
+
+    def load_pretrained_scorer(self, source: str | Path | None = None) -> None:
+        """Give the scorer's trunk ImageNet weights: the library's download or a local file.
+
+        See [`RegionScorer.load_pretrained_trunk`] for what `source` may be and what is raised.
+        """
+        self.scorer.load_pretrained_trunk(source)
+
+    def freeze_scorer(self, frozen: bool = True) -> None:
+        """Keep the scorer's trunk in evaluation mode and without gradient; with `frozen=False` let it train."""
+        self.scorer.set_frozen(frozen)
+
+    def require_scorer_weights(self) -> None:
+        """Raise a ValueError if the scorer's trunk is frozen without ever having got weights.
+
+        Training such a model learns nothing about where to look: the regions stay all but uniform.
+        """
+        if self.config.partition != "uniform" and self.scorer.is_dead:
+            raise ValueError(f"The scorer is dead: {DEAD_SCORER.format(scorer=self.config.scorer)}")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.tokenizer.projection
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.tokenizer.projection = value
+
+
+class DartModel(DartPreTrainedModel):
+    """The region tokenizer and a ViT encoder, without a head."""
+
+    def __init__(self, config: DartConfig) -> None:
+        super().__init__(config)
+        self.tokenizer = RegionTokenizer(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        # Stochastic depth grows linearly with depth, as in DeiT.
+        deepest = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            DartLayer(config, config.drop_path_rate * depth / deepest) for depth in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_patches: int | None = None,
+        output_regions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DartModelOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
+            num_patches: Token budget N of this call; `config.num_patches` without it.
+            output_regions: Whether to return where the tokens are.
+
+        Returns:
+            `last_hidden_state` (B, 1 + N, D), the class token first; `pooler_output` (B, D), the normalised class
+            token; `regions` on request.
+        """
+        tokens, regions = self.tokenizer(pixel_values, num_patches)
+        class_token = self.cls_token + self.tokenizer.position_embeddings[:, :1]
+        hidden_states = torch.cat([class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return DartModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            regions=regions if output_regions else None,
+        )
+
+
+class DartForImageClassification(DartPreTrainedModel):
+    """DART with a linear classifier on the class token."""
+
+    def __init__(self, config: DartConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.dart = DartModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_patches: int | None = None,
+        output_regions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DartImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
+            labels: (B,) class indices (or what `config.problem_type` asks for); the loss is returned with them.
+            num_patches: Token budget N of this call; `config.num_patches` without it.
+            output_regions: Whether to return where the tokens are.
+
+        Returns:
+            `logits` (B, num_labels); `loss` with labels; `regions` on request.
+        """
+        if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
+            raise ValueError(
+                f"labels must have one entry per image, got shape {tuple(labels.shape)} for "
+                f"{pixel_values.shape[0]} images."
+            )
+        outputs: DartModelOutput = self.dart(
+            pixel_values, num_patches=num_patches, output_regions=output_regions, **kwargs
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return DartImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            regions=outputs.regions,
+        )
+
+
+__all__ = ["DartForImageClassification", "DartModel", "DartPreTrainedModel"]

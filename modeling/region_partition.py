@@ -1,0 +1,248 @@
+"""Partition: scores -> regions. Pure geometry in pure functions.
+
+An image of H×W pixels is cut into R bands of rows. The bands are laid end to end as a *strip* R·W pixels long, and the
+strip is cut into N regions; band i occupies strip columns i·W … (i + 1)·W. Every partition is such a pair of edges.
+The rules are those of DART (arXiv 2506.10390) as its published checkpoints were trained.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+from transformers.utils import ModelOutput
+
+QUANTILE_EPSILON = 1e-8
+
+
+@dataclass
+class Regions(ModelOutput):
+    """Where the tokens of a batch of images are.
+
+    Args:
+        scores: (B, G, G), what the partition was computed from; ones for the uniform partition.
+        row_edges: (B, R + 1) pixels, from 0 to H: band i covers rows `row_edges[i]` … `row_edges[i + 1]`.
+        strip_edges: (B, N + 1) strip pixels, from 0 to R·W: region t covers `strip_edges[t]` … `strip_edges[t + 1]`.
+    """
+
+    scores: torch.FloatTensor | None = None
+    row_edges: torch.FloatTensor | None = None
+    strip_edges: torch.FloatTensor | None = None
+
+    def boxes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regions as rectangles of the image.
+
+        A region that runs past the right border of its band goes on at the left of the next, so it has several
+        rectangles. There are always M = N + R - 1; those between a region edge and a band border that coincide have
+        no area.
+
+        Returns:
+            `(boxes, tokens)`: boxes (B, M, 4) as x0, y0, x1, y1 in pixels, and tokens (B, M), the region of each.
+        """
+        batch_size, num_bands = self.row_edges.shape[0], self.row_edges.shape[1] - 1
+        num_patches = self.strip_edges.shape[1] - 1
+        width = self.strip_edges[:, -1:] / num_bands
+        borders = width * torch.arange(1, num_bands, device=width.device)
+        cuts = torch.cat([self.strip_edges, borders], dim=1).sort(dim=1).values
+        starts, ends = cuts[:, :-1], cuts[:, 1:]
+        middles = (starts + ends) / 2
+        bands = (middles / width).floor().long().clamp(0, num_bands - 1)
+        tokens = torch.searchsorted(self.strip_edges[:, 1:].contiguous(), middles.contiguous(), right=True)
+        boxes = torch.stack(
+            [
+                starts - bands * width,
+                self.row_edges.gather(1, bands),
+                ends - bands * width,
+                self.row_edges.gather(1, bands + 1),
+            ],
+            dim=-1,
+        )
+        return boxes.view(batch_size, -1, 4), tokens.clamp(max=num_patches - 1)
+
+
+def bands_for_budget(num_patches: int, height: int, width: int) -> int:
+    """R = round(√(N·H/W)), at least 1: bands about as high as a region is wide."""
+    return max(1, round(math.sqrt(num_patches * height / width)))
+
+
+def density(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores as a share of their sum.
+
+    Args:
+        scores: (B, G, G).
+
+    Returns:
+        `(density, usable)`: density (B, G, G) sums to 1 per image; usable (B, 1) is False where the scores say nothing
+        (constant, all zero, negative, infinite or NaN). Those images get the uniform density and no gradient.
+    """
+    highest, lowest = scores.detach().amax(dim=(1, 2)), scores.detach().amin(dim=(1, 2))
+    # Below this the gradient of the normalisation overflows: such scores are zero for the arithmetic at hand.
+    smallest = torch.finfo(scores.dtype).tiny ** 0.5
+    # A NaN makes both extremes NaN, and no comparison with NaN holds.
+    usable = (lowest >= 0) & (highest > lowest) & (highest > smallest) & (highest < math.inf)
+    usable, highest = usable[:, None, None], highest[:, None, None]
+    # Dividing by the highest first keeps the sum of huge scores finite.
+    scores = torch.where(usable, scores, 1) / torch.where(usable, highest, 1)
+    return scores / scores.sum(dim=(1, 2), keepdim=True), usable[:, :, 0]
+
+
+def quantiles(density: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """Equal-mass quantiles of a piecewise-constant density.
+
+    For probability q, with j the first cell whose cumulative sum reaches q, that is j + (q − the sum before j)/p_j.
+
+    Args:
+        density: (B, n), sums to 1.
+        num_parts: Number K of parts of equal mass.
+
+    Returns:
+        (B, K - 1) positions of 1/K … (K - 1)/K in cell units [0, n], never decreasing.
+    """
+    cumulative = density.cumsum(dim=1)
+    mass = torch.arange(1, num_parts, device=density.device).to(density.dtype) / num_parts
+    # The first cell whose cumulative sum reaches the mass. Counting the cells that do not is monotone in the mass
+    # whatever the rounding of the sums, needs no sorted input, and exports.
+    cell = (cumulative[:, None, :] < mass[:, None]).sum(dim=2).clamp(max=density.shape[1] - 1)
+    before = pad(cumulative, (1, 0))[:, :-1].gather(1, cell)
+    # At most 1 but for rounding, and in the last cell where the sum stays short of 1.
+    within = ((mass - before) / (density.gather(1, cell) + QUANTILE_EPSILON)).clamp(0, 1)
+    return cell + within
+
+
+def cell_coverage(edges: torch.Tensor, num_cells: int) -> torch.Tensor:
+    """Length of each unit cell that lies in each interval between neighbouring edges.
+
+    Args:
+        edges: (B, K + 1) in cell units [0, num_cells].
+
+    Returns:
+        (B, K, num_cells).
+    """
+    cells = torch.arange(num_cells, device=edges.device, dtype=edges.dtype)
+    filled = (edges[:, :, None] - cells).clamp(0, 1)
+    return filled[:, 1:] - filled[:, :-1]
+
+
+def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """What share of each band every grid row makes up.
+
+    Args:
+        row_edges: (B, R + 1) pixels.
+
+    Returns:
+        (B, R, G); the shares of a band sum to 1.
+    """
+    coverage = cell_coverage(row_edges * (grid_size / row_edges[:, -1:]), grid_size)
+    return coverage / coverage.sum(dim=2, keepdim=True).clamp(min=1e-6)
+
+
+def position_weights(regions: Regions, grid_size: int) -> torch.Tensor:
+    """What share of each region every cell of the position table makes up.
+
+    Returns:
+        (B, N, G·G); the shares of a region sum to 1, those of a region without width to 0.
+    """
+    num_bands = regions.row_edges.shape[1] - 1
+    num_cells = num_bands * grid_size
+    coverage = cell_coverage(regions.strip_edges * (num_cells / regions.strip_edges[:, -1:]), num_cells)
+    coverage = coverage / (coverage.sum(dim=2, keepdim=True) + 1e-12)
+    by_band = coverage.unflatten(2, (num_bands, grid_size))
+    return torch.einsum("bnrc,brg->bngc", by_band, band_weights(regions.row_edges, grid_size)).flatten(2)
+
+
+def uniform_regions(scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+    """The flow partition of constant scores, exactly: R equal bands, N equal regions along the strip.
+
+    With N = R·C this is the plain grid of patches. `scores` (B, G, G) only give batch size, dtype and device.
+    """
+    bands = bands_for_budget(num_patches, height, width)
+    row_edges = torch.arange(bands + 1, device=scores.device) * height
+    strip_edges = torch.arange(num_patches + 1, device=scores.device) * (bands * width)
+    return Regions(
+        scores=scores,
+        row_edges=(row_edges.to(scores.dtype) / bands).expand(scores.shape[0], -1),
+        strip_edges=(strip_edges.to(scores.dtype) / num_patches).expand(scores.shape[0], -1),
+    )
+
+
+def flow_regions(scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+    """DART-Flow: bands of equal mass, then regions of equal mass along the strip of bands.
+
+    Args:
+        scores: (B, G, G), float32 or float64.
+        num_patches: Any N ≥ 1.
+        height, width: Of the image, in pixels.
+    """
+    uniform = uniform_regions(scores, num_patches, height, width)
+    grid_size, bands = scores.shape[1], uniform.row_edges.shape[1] - 1
+    mass, usable = density(scores)
+    row_edges = torch.where(usable, _row_edges(mass, bands, height), uniform.row_edges)
+
+    strip = (band_weights(row_edges, grid_size) @ mass).flatten(1)
+    strip = strip / strip.sum(dim=1, keepdim=True)
+    edges = _with_ends(quantiles(strip, num_patches) * (width / grid_size), 0, bands * width)
+    return Regions(scores=scores, row_edges=row_edges, strip_edges=torch.where(usable, edges, uniform.strip_edges))
+
+
+def grid_regions(scores: torch.Tensor, num_patches: int, height: int, width: int, first_edge: float = 0.0) -> Regions:
+    """DART-Grid: R bands of equal mass, each cut by the same C columns of equal mass.
+
+    Args:
+        scores: (B, G, G), float32 or float64.
+        num_patches: N = R·C with R = round(√(N·H/W)).
+        height, width: Of the image, in pixels.
+        first_edge: Where the strip starts, in pixels. The published RMT weights were trained with 2.
+
+    Raises:
+        ValueError: N does not factor; names the nearest budgets that do.
+    """
+    check_grid_budget(num_patches, height, width)
+    uniform = uniform_regions(scores, num_patches, height, width)
+    grid_size, bands = scores.shape[1], uniform.row_edges.shape[1] - 1
+    mass, usable = density(scores)
+    row_edges = torch.where(usable, _row_edges(mass, bands, height), uniform.row_edges)
+
+    columns = _renormalised(mass.sum(dim=1))
+    inner = quantiles(columns, num_patches // bands) * (width / grid_size)
+    starts = torch.arange(bands, device=scores.device)[:, None] * width
+    edges = starts + pad(inner.clamp(max=width), (1, 0))[:, None]
+    edges = torch.where(usable, _with_ends(edges.flatten(1)[:, 1:], 0, bands * width), uniform.strip_edges)
+    if first_edge:
+        edges = torch.cat([edges[:, 1:2].clamp(max=first_edge), edges[:, 1:]], dim=1)
+    return Regions(scores=scores, row_edges=row_edges, strip_edges=edges)
+
+
+PARTITIONS = {"flow": flow_regions, "grid": grid_regions, "uniform": uniform_regions}
+
+
+def check_grid_budget(num_patches: int, height: int, width: int) -> None:
+    """Raise a ValueError that names the nearest budgets unless `num_patches` fills R bands evenly."""
+
+    def fits(budget: int) -> bool:
+        return budget % bands_for_budget(budget, height, width) == 0
+
+    if not fits(num_patches):
+        rows = bands_for_budget(num_patches, height, width)
+        lower = next((n for n in range(num_patches - 1, 0, -1) if fits(n)), None)
+        upper = next(n for n in range(num_patches + 1, 2 * num_patches + height + 2) if fits(n))
+        nearest = f"{upper}" if lower is None else f"{lower} and {upper}"
+        raise ValueError(
+            f"num_patches={num_patches} does not fill the {rows} rows of a grid over "
+            f"{height}×{width} pixels; the nearest budgets that do are {nearest}."
+        )
+
+
+def _row_edges(mass: torch.Tensor, bands: int, height: int) -> torch.Tensor:
+    """Band edges (B, R + 1) in pixels: quantiles of the row masses of a density (B, G, G)."""
+    rows = _renormalised(mass.sum(dim=2))
+    return _with_ends(quantiles(rows, bands) * (height / mass.shape[1]), 0, height)
+
+
+def _renormalised(mass: torch.Tensor) -> torch.Tensor:
+    return mass / (mass.sum(dim=1, keepdim=True) + QUANTILE_EPSILON)
+
+
+def _with_ends(inner: torch.Tensor, first: float, last: float) -> torch.Tensor:
+    """Inner edges (B, K - 1) between a first and a last one that are exact whatever the rounding of the scale."""
+    inner = inner.clamp(first, last)
+    return torch.cat([inner.new_full((inner.shape[0], 1), first), inner, inner.new_full((inner.shape[0], 1), last)], 1)

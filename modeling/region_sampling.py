@@ -1,0 +1,83 @@
+"""Sampling: image, regions -> patches. Two linear interpolations in pure functions.
+
+Pixel centres have integer coordinates."""
+
+import torch
+
+from .region_partition import Regions
+
+
+def sample_regions(pixel_values: torch.Tensor, regions: Regions, patch_size: int) -> torch.Tensor:
+    """Resample every region to `patch_size` × `patch_size` pixels.
+
+    Args:
+        pixel_values: (B, C, H, W).
+        regions: Of N regions each.
+
+    Returns:
+        (B, N, P·P·C), dtype of `pixel_values`. A patch is stored column by column: (P columns, P rows, C), because a
+        strip column with its P rows is what the second interpolation reads at once; [`patch_images`] turns it round.
+    """
+    strip = sample_bands(pixel_values, regions.row_edges, patch_size)
+    return sample_strip(strip, regions.strip_edges, patch_size)
+
+
+def sample_bands(pixel_values: torch.Tensor, row_edges: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Resample every band to `patch_size` rows and lay the bands end to end.
+
+    Args:
+        pixel_values: (B, C, H, W).
+        row_edges: (B, R + 1) pixels.
+
+    Returns:
+        The strip, (B, R·W, P·C).
+    """
+    batch_size, num_channels, height, width = pixel_values.shape
+    rows = pixel_values.permute(0, 2, 3, 1).reshape(batch_size * height, width * num_channels)
+    y = _positions(row_edges, patch_size)
+    above = y.detach().floor().clamp(0, height - 1)
+    weight = (y - above).clamp(0, 1).to(rows.dtype)
+    first = above.long() + torch.arange(batch_size, device=y.device)[:, None] * height
+    second = first + (above < height - 1)
+    bands = torch.lerp(
+        rows.index_select(0, first.flatten()), rows.index_select(0, second.flatten()), weight.reshape(-1, 1)
+    )
+    bands = bands.view(batch_size, -1, patch_size, width, num_channels).transpose(2, 3)
+    return bands.reshape(batch_size, -1, patch_size * num_channels)
+
+
+def sample_strip(strip: torch.Tensor, strip_edges: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Resample every region of the strip to `patch_size` columns; beyond the last column the strip is zero.
+
+    Args:
+        strip: (B, R·W, P·C).
+        strip_edges: (B, N + 1) strip pixels.
+
+    Returns:
+        (B, N, P·P·C), column by column.
+    """
+    batch_size, length, _ = strip.shape
+    x = _positions(strip_edges, patch_size)
+    left = x.detach().floor().clamp(0, length - 1)
+    # The weights of the two columns; a column beyond the strip has none.
+    right_weight = x - left
+    left_weight = (1 - right_weight).clamp(min=0) * (x.detach() < length)
+    right_weight = right_weight * (left < length - 1)
+    first = left.long() + torch.arange(batch_size, device=x.device)[:, None] * length
+    second = first + (left < length - 1)
+    columns = strip.flatten(0, 1)
+    patches = columns.index_select(0, first.flatten()) * left_weight.to(strip.dtype).reshape(-1, 1)
+    patches = patches + columns.index_select(0, second.flatten()) * right_weight.to(strip.dtype).reshape(-1, 1)
+    return patches.view(batch_size, strip_edges.shape[1] - 1, -1)
+
+
+def patch_images(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Patches (B, N, P·P·C) of [`sample_regions`] as images (B, N, C, P, P)."""
+    return patches.unflatten(2, (patch_size, patch_size, -1)).permute(0, 1, 4, 3, 2)
+
+
+def _positions(edges: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """`num_samples` positions per interval, its start included and its end not: (B, K + 1) -> (B, K·num_samples)."""
+    steps = torch.arange(num_samples, device=edges.device, dtype=edges.dtype) / num_samples
+    starts, ends = edges[:, :-1, None], edges[:, 1:, None]
+    return (starts + (ends - starts) * steps).flatten(1)

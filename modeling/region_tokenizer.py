@@ -1,0 +1,86 @@
+"""Tokenizer: pixel values -> tokens. Owns the scorer, the projection and the position table."""
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_dart import RegionTokenizerConfig
+from .region_partition import PARTITIONS, Regions, position_weights
+from .region_sampling import sample_regions
+from .region_scorer import RegionScorer
+
+
+class RegionTokenizer(nn.Module):
+    """Scores the image, cuts it into regions of about equal content, and makes one token of each."""
+
+    def __init__(self, config: RegionTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scorer = RegionScorer(config)
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        # The first row belongs to the class token, the others to the cells of the score grid.
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.score_grid_size**2, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor, num_patches: int | None = None) -> tuple[torch.Tensor, Regions]:
+        """Tokenize a batch of images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised.
+            num_patches: Token budget N; `config.num_patches` without it.
+
+        Returns:
+            Tokens with their positions added, (B, N, D), in the order of the regions; and the regions.
+
+        Raises:
+            ValueError: `pixel_values` has another rank, channel count or dtype, or no pixels; or the budget is below 1
+                or does not suit the partition.
+        """
+        num_patches = self.config.num_patches if num_patches is None else num_patches
+        self._check(pixel_values, num_patches)
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
+        regions = self.partition(pixel_values, num_patches)
+        patches = sample_regions(pixel_values, regions, self.config.patch_size)
+        return self.project(patches) + self.positions(regions), regions
+
+    def partition(self, pixel_values: torch.Tensor, num_patches: int) -> Regions:
+        """Regions of (B, C, H, W); in float32 at least, whatever the dtype of the model or of autocast."""
+        batch_size, _, height, width = pixel_values.shape
+        if self.config.partition == "uniform":
+            dtype = torch.promote_types(pixel_values.dtype, torch.float32)
+            grid = (batch_size, self.config.score_grid_size, self.config.score_grid_size)
+            scores = torch.ones(grid, dtype=dtype, device=pixel_values.device)
+        else:
+            scores = self.scorer(pixel_values)
+        with maybe_autocast(pixel_values.device.type, enabled=False):
+            return PARTITIONS[self.config.partition](scores, num_patches, height, width)
+
+    def project(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
+        # The kernel (D, C, rows, columns) in the order in which a patch is stored.
+        kernel = self.projection.weight.permute(0, 3, 2, 1).flatten(1)
+        return linear(patches, kernel, self.projection.bias)
+
+    def positions(self, regions: Regions) -> torch.Tensor:
+        """The position table averaged over every region: (B, N, D)."""
+        with maybe_autocast(regions.row_edges.device.type, enabled=False):
+            weights = position_weights(regions, self.config.score_grid_size)
+        return weights.to(self.position_embeddings.dtype) @ self.position_embeddings[0, 1:]
+
+    def _check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4:
+            raise ValueError(f"pixel_values must have shape (batch, channels, height, width), got {shape}.")
+        if shape[1] != self.config.num_channels:
+            raise ValueError(f"pixel_values must have {self.config.num_channels} channels, got {shape[1]} in {shape}.")
+        if 0 in shape:
+            raise ValueError(f"pixel_values must hold at least one image of at least one pixel, got shape {shape}.")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point and normalised, as DartImageProcessor returns them, got "
+                f"{pixel_values.dtype}."
+            )
+        if isinstance(num_patches, bool) or not isinstance(num_patches, int) or num_patches < 1:
+            raise ValueError(f"num_patches must be an integer of at least 1, got {num_patches!r}.")
