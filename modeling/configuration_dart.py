@@ -54,9 +54,10 @@ class RegionTokenizerConfig(PreTrainedConfig):
         if self.scorer_frozen is None:
             self.scorer_frozen = self.scorer != "conv"
         super().__post_init__(**kwargs)
+        self._check_region_tokenizer()
 
-    def validate_region_tokenizer(self) -> None:
-        """Part of `@strict` validation: every setting is usable by itself and with the others."""
+    def _check_region_tokenizer(self) -> None:
+        # Not a `@strict` validator, whose errors are no ValueErrors.
         for name in ("image_size", "patch_size", "num_channels", "num_patches", "score_grid_size", "hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -120,8 +121,8 @@ class DartConfig(RegionTokenizerConfig):
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-6
 
-    def validate_encoder(self) -> None:
-        """Part of `@strict` validation: the heads divide the width."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "

@@ -74,7 +74,13 @@ class RegionScorer(nn.Module):
         An image whose logits are constant, infinite or NaN gets constant scores.
         """
         self._warn_of_dead_trunk()
-        logits = self.head(self.features(pixel_values))
+        if self.training:
+            # A NaN would spread through BatchNorm to the other images, and through the head's gradient to the weights.
+            finite = pixel_values.isfinite().all(dim=(1, 2, 3))[:, None, None]
+            logits = self.head(self.features(torch.where(finite[..., None], pixel_values, 0)))
+            logits = torch.where(finite, logits, torch.nan)
+        else:
+            logits = self.head(self.features(pixel_values))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         grid_size = self.config.score_grid_size
         if logits.shape[1:] != (grid_size, grid_size):
@@ -86,12 +92,9 @@ class RegionScorer(nn.Module):
         if self.config.scorer_frozen:
             with torch.no_grad():
                 return self.trunk(pixel_values)
-        if not self.training:
-            return self.trunk(pixel_values)
-        self.trunk_loaded.fill_(True)
-        # BatchNorm in training mode would hand one image's NaN on to its neighbours and to the running statistics.
-        finite = pixel_values.isfinite().all(dim=(1, 2, 3)).view(-1, 1, 1, 1)
-        return torch.where(finite, self.trunk(torch.where(finite, pixel_values, 0)), torch.nan)
+        if self.training:
+            self.trunk_loaded.fill_(True)
+        return self.trunk(pixel_values)
 
     def load_pretrained_trunk(self, source: str | Path | None = None) -> None:
         """Give the trunk ImageNet weights.

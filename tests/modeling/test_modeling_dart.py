@@ -1,0 +1,446 @@
+"""The models: outputs, independence of the batch, training, loading, compilation, half precision."""
+
+import copy
+import logging
+import math
+
+import pytest
+import timm
+import torch
+from transformers import Trainer, TrainingArguments
+
+import dart_hf
+from dart_hf import DartConfig, DartForImageClassification, DartModel
+
+
+def make_config(**settings) -> DartConfig:
+    defaults = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 4,
+        "image_size": 32,
+        "num_patches": 9,
+        "scorer": "conv",
+        "num_labels": 5,
+    }
+    return DartConfig(**{**defaults, **settings})
+
+
+def make_model(**settings) -> DartForImageClassification:
+    torch.manual_seed(0)
+    model = DartForImageClassification(make_config(**settings))
+    # Weights of order one, so that the tokens matter for the logits.
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(10)
+    return model.eval()
+
+
+def pixels(count: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_published_sizes():
+    assert DartConfig.preset("tiny").to_dict() == DartConfig().to_dict()
+    small = DartConfig.preset("small", num_patches=392)
+    assert (small.hidden_size, small.num_attention_heads, small.intermediate_size) == (384, 6, 1536)
+    assert (small.scorer, small.num_patches, small.num_hidden_layers) == ("mobilenet_v3_large", 392, 12)
+    base = DartConfig.preset("base")
+    assert (base.hidden_size, base.num_attention_heads, base.intermediate_size) == (768, 12, 3072)
+    assert base.scorer == "mobilenet_v3_large"
+    with pytest.raises(ValueError, match="preset must be one of 'tiny', 'small', 'base', got 'huge'"):
+        DartConfig.preset("huge")
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_presets_are_deit_and_a_scorer(size):
+    with torch.device("meta"):
+        model = DartForImageClassification(DartConfig.preset(size, num_labels=1000))
+        deit = timm.create_model(f"deit_{size}_patch16_224")
+    scorer = sum(parameter.numel() for parameter in model.scorer.parameters())
+    assert model.num_parameters() - scorer == sum(parameter.numel() for parameter in deit.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
+        ({"patch_size": -1}, "patch_size must be at least 1, got -1"),
+        ({"score_grid_size": 0}, "score_grid_size must be at least 1"),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "multiple of num_attention_heads, got 100 and 3"),
+        ({"partition": "hexagons"}, "hexagons"),
+        ({"score_normalization": "layer"}, "layer"),
+    ],
+)
+def test_unusable_settings_are_refused(settings, message):
+    with pytest.raises(Exception, match=message):
+        DartConfig(**settings)
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_outputs():
+    model = make_model()
+    out = model(pixels(), labels=torch.tensor([0, 1, 4]), output_hidden_states=True)
+    assert out.logits.shape == (3, 5)
+    assert out.loss.ndim == 0
+    assert out.regions is None
+    assert [tuple(h.shape) for h in out.hidden_states] == [(3, 10, 32)] * 3
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1, 4])))
+
+    out = model(pixels(), num_patches=20, output_regions=True)
+    assert out.regions.scores.shape == (3, 14, 14)
+    assert out.regions.row_edges.shape == (3, 5)
+    assert out.regions.strip_edges.shape == (3, 21)
+    assert out.regions.row_edges[0, -1] == 32 and out.regions.strip_edges[0, -1] == 4 * 40
+
+    model.set_attn_implementation("eager")
+    out = model(pixels(), output_attentions=True)
+    assert [tuple(a.shape) for a in out.attentions] == [(3, 2, 10, 10)] * 2
+
+
+def test_the_pooled_output_is_the_normalised_class_token():
+    model = make_model().dart
+    out = model(pixels())
+    assert torch.equal(out.pooler_output, out.last_hidden_state[:, 0])
+    torch.testing.assert_close(out.pooler_output.mean(dim=1), torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_live_settings_are_read_at_every_call():
+    model = make_model()
+    flow = model(pixels(), output_regions=True)
+    model.config.partition = "uniform"
+    uniform = model(pixels(), output_regions=True)
+    assert (uniform.regions.scores == 1).all()
+    assert not torch.allclose(flow.logits, uniform.logits)
+    model.config.num_patches = 4
+    assert model(pixels(), output_regions=True).regions.strip_edges.shape == (3, 5)
+
+
+def test_labels_must_belong_to_the_images():
+    with pytest.raises(ValueError, match=r"one entry per image, got shape \(2,\) for 3 images"):
+        make_model()(pixels(), labels=torch.tensor([0, 1]))
+
+
+def test_attention_implementations_agree():
+    model = make_model()
+    reference = model(pixels()).logits
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        torch.testing.assert_close(model(pixels()).logits, reference, rtol=1e-4, atol=1e-4)
+
+
+# --- an image's prediction does not depend on its neighbours ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalization", ["running", "image"])
+@pytest.mark.parametrize("partition", ["flow", "grid"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_logits_are_the_same_alone_and_in_a_batch_of_seven(normalization, partition, dtype, tolerance):
+    model = make_model(score_normalization=normalization, partition=partition, num_patches=12).to(dtype)
+    model.scorer.statistics(torch.randn(4, 14, 14), "batch")  # in evaluation mode: no statistics are kept
+    model.scorer.statistics.train()(torch.randn(4, 14, 14, dtype=dtype), "running")
+    model.eval()
+    images = pixels(7, dtype)
+    with torch.no_grad():
+        together = model(images).logits
+        for index in range(7):
+            alone = model(images[index : index + 1]).logits[0]
+            assert (alone - together[index]).abs().max() / together.abs().max() < tolerance
+
+
+def test_the_published_rule_does_depend_on_the_neighbours():
+    model = make_model(score_normalization="batch").double()
+    images = pixels(2, torch.float64)
+    assert (model(images).logits[0] - model(images[:1]).logits[0]).abs().max() > 1e-3
+
+
+def test_a_nan_image_changes_neither_its_neighbours_nor_the_statistics():
+    model = make_model(scorer_frozen=True).train()
+    model.dart.dropout.p = 0.0
+    clean = pixels(3)
+    spoiled = torch.cat([clean, torch.full_like(clean[:1], math.nan)])
+    other = copy.deepcopy(model)
+    expected, found = model(clean).logits, other(spoiled).logits
+    torch.testing.assert_close(found[:3], expected, rtol=1e-5, atol=1e-5)
+    for name, value in model.scorer.statistics.state_dict().items():
+        torch.testing.assert_close(other.scorer.statistics.state_dict()[name], value)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def bright_corner(count: int, seed: int) -> dict[str, torch.Tensor]:
+    """A task for a few steps: which corner of a noisy image is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.3 * torch.randn(count, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        y, x = 24 * (label // 2), 24 * (label % 2)
+        image[:, y : y + 8, x : x + 8] += 3
+    return {"pixel_values": images, "labels": labels}
+
+
+def test_training_lowers_the_loss_and_moves_the_scorer():
+    torch.manual_seed(0)
+    model = DartForImageClassification(make_config(num_labels=4)).train()
+    scorer = {name: parameter.detach().clone() for name, parameter in model.scorer.named_parameters()}
+    batch = bright_corner(32, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    for name, parameter in model.scorer.named_parameters():
+        assert not torch.equal(parameter, scorer[name]), name
+
+
+@pytest.mark.parametrize("partition", ["flow", "grid"])
+def test_the_loss_reaches_every_parameter(partition):
+    model = make_model(partition=partition, num_patches=9, num_labels=4).train()
+    model(**bright_corner(8, seed=1)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+class Corners(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.batch = bright_corner(16, seed=0)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[index] for name, value in self.batch.items()}
+
+
+def train(folder, model, steps: int, resume: bool = False) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        save_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Corners())
+    trainer.train(resume_from_checkpoint=resume)
+
+
+def frozen_state(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.scorer.trunk.state_dict().items()}
+
+
+def assert_frozen(model, state) -> None:
+    assert not any(parameter.requires_grad for parameter in model.scorer.trunk.parameters())
+    assert not any(module.training for module in model.scorer.trunk.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.scorer.trunk.state_dict().items())
+
+
+def test_a_frozen_trunk_stays_frozen_through_loading_training_and_resuming(tmp_path):
+    settings = {"scorer": "mobilenet_v3_small", "scorer_frozen": True, "num_labels": 4}
+    model = make_model(**settings)
+    model.scorer.trunk_loaded.fill_(True)
+    state = frozen_state(model)
+    model.train()
+    assert_frozen(model, state)
+
+    model.save_pretrained(tmp_path / "saved")
+    for load in (DartForImageClassification, DartModel):
+        loaded = load.from_pretrained(tmp_path / "saved")
+        assert_frozen(loaded.train(), state)
+    loaded, info = DartForImageClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_frozen(loaded.train(), state)
+
+    before = loaded.classifier.weight.clone()
+    train(tmp_path / "run", loaded, steps=2)
+    assert_frozen(loaded, state)
+    assert not torch.equal(loaded.classifier.weight, before)
+    resumed = DartForImageClassification.from_pretrained(tmp_path / "saved")
+    train(tmp_path / "run", resumed, steps=4, resume=True)
+    assert_frozen(resumed, state)
+
+
+def test_an_unfrozen_trunk_trains_after_loading(tmp_path):
+    model = make_model(scorer="mobilenet_v3_small", scorer_frozen=False, num_labels=4)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = DartForImageClassification.from_pretrained(tmp_path / "saved")
+    state = frozen_state(loaded)
+    assert all(parameter.requires_grad for parameter in loaded.scorer.trunk.parameters())
+    train(tmp_path / "run", loaded, steps=1)
+    moved = [name for name, value in frozen_state(loaded).items() if not torch.equal(value, state[name])]
+    assert any(name.endswith("weight") for name in moved) and any("running_var" in name for name in moved)
+
+
+def test_freeze_scorer_switches_a_live_model():
+    model = make_model().train()
+    assert model.scorer.trunk.training
+    model.freeze_scorer()
+    assert_frozen(model, frozen_state(model))
+    assert model.config.scorer_frozen
+    model.freeze_scorer(False)
+    assert model.scorer.trunk.training and all(p.requires_grad for p in model.scorer.trunk.parameters())
+
+
+def test_a_dead_scorer_is_refused_where_it_matters(tmp_path):
+    model = make_model(scorer="mobilenet_v3_small")
+    with pytest.raises(ValueError, match=r"The scorer is dead: its trunk 'mobilenet_v3_small' is frozen"):
+        model.require_scorer_weights()
+    # A checkpoint remembers that its trunk never got weights.
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="The scorer is dead"):
+        DartForImageClassification.from_pretrained(tmp_path).require_scorer_weights()
+    torch.save(model.scorer.trunk.state_dict(), tmp_path / "trunk.pth")
+    model.load_pretrained_scorer(tmp_path / "trunk.pth")
+    model.require_scorer_weights()
+    model.save_pretrained(tmp_path)
+    DartForImageClassification.from_pretrained(tmp_path).require_scorer_weights()
+    dead = make_model(scorer="mobilenet_v3_small", partition="uniform")
+    dead.require_scorer_weights()
+
+
+# --- initialisation and loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scorer", ["mobilenet_v3_small", "conv", "timm/resnet10t"])
+def test_initialisation_leaves_the_trunk_as_its_library_makes_it(scorer):
+    from dart_hf.modeling.region_scorer import build_trunk
+
+    torch.manual_seed(5)
+    expected, _ = build_trunk(make_config(scorer=scorer))
+    torch.manual_seed(5)
+    model = DartModel(make_config(scorer=scorer))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.scorer.trunk.state_dict()[name], value), name
+
+
+def test_a_checkpoint_without_its_trunk_gets_the_library_initialisation(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make_model(scorer="mobilenet_v3_small")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    dropped = "dart.tokenizer.scorer.trunk.1.block.0.0.weight"
+    save_file(
+        {name: value for name, value in tensors.items() if name != dropped},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    loaded = DartForImageClassification.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value) == (name != dropped)
+    # Kaiming initialisation over 9·16 outgoing connections, not transformers' 0.02.
+    assert loaded.state_dict()[dropped].std() > 0.05
+
+
+def test_save_and_load_is_exact(tmp_path):
+    model = make_model()
+    model.train()(pixels(4))  # running statistics other than the initial ones
+    model.eval().save_pretrained(tmp_path)
+    loaded = DartForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
+    assert loaded.scorer.statistics.num_batches_tracked == 1
+
+
+def test_another_number_of_labels(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes"):
+        DartForImageClassification.from_pretrained(tmp_path, num_labels=7)
+    loaded = DartForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert loaded(pixels()).logits.shape == (3, 7)
+
+
+def test_half_precision_loading_keeps_the_statistics(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    loaded = DartForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.classifier.weight.dtype == torch.bfloat16
+    assert loaded.scorer.statistics.running_var.dtype == torch.float32
+    out = loaded(pixels(), output_regions=True)
+    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
+    assert out.regions.strip_edges.dtype == torch.float32
+
+
+def test_autocast_training():
+    model = make_model(num_labels=4).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**bright_corner(4, seed=0), output_regions=True)
+    out.loss.backward()
+    assert out.regions.strip_edges.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- compilation and export ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("partition", "normalization"), [("flow", "running"), ("grid", "image"), ("flow", "batch"), ("uniform", "running")]
+)
+def test_compiles_as_one_graph_forward_and_backward(partition, normalization):
+    torch.compiler.reset()
+    model = make_model(partition=partition, score_normalization=normalization, num_labels=4)
+    batch = bright_corner(4, seed=0)
+    expected = model(**batch)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(**batch)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    found.loss.backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(**batch).loss.backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        assert (gradient is None) == (parameter.grad is None), name
+        if gradient is not None:
+            scale = parameter.grad.abs().max().clamp(min=1e-3)
+            assert (gradient - parameter.grad).abs().max() / scale < 2e-2, name
+
+
+def test_exports():
+    model = make_model()
+    images = pixels()
+    program = torch.export.export(model, (images,), kwargs={"num_patches": 12})
+    torch.testing.assert_close(program.module()(images, num_patches=12).logits, model(images, num_patches=12).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    batch = bright_corner(4, seed=0)
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(num_labels=4).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_drops_in_training_only():
+    model = make_model(drop_path_rate=0.5)
+    rates = [layer.drop_path.drop_prob for layer in model.dart.layers]
+    assert rates == [0.0, 0.5]
+    images = pixels(8)
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.freeze_scorer()
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+def test_public_names():
+    for name in dart_hf.__all__:
+        assert hasattr(dart_hf, name)
+    assert logging.getLogger("dart_hf").handlers == []

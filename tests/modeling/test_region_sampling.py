@@ -1,0 +1,116 @@
+"""Sampling against the definition written out pixel by pixel."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dart_hf.modeling.region_partition import Regions, flow_regions, uniform_regions
+from dart_hf.modeling.region_sampling import patch_images, sample_regions
+
+
+def sample_by_definition(image: torch.Tensor, row_edges: list, strip_edges: list, patch_size: int) -> torch.Tensor:
+    """(C, H, W) -> (N, C, P, P), one number at a time."""
+    channels, height, width = image.shape
+    bands = len(row_edges) - 1
+
+    def image_at(channel: int, y: float, column: int) -> float:
+        above = min(max(math.floor(y), 0), height - 1)
+        below = min(max(math.floor(y) + 1, 0), height - 1)
+        weight = y - math.floor(y)
+        return float(image[channel, above, column]) * (1 - weight) + float(image[channel, below, column]) * weight
+
+    def strip_at(channel: int, row: int, column: int) -> float:
+        if column >= bands * width:
+            return 0.0
+        band = column // width
+        y = row_edges[band] + (row_edges[band + 1] - row_edges[band]) * row / patch_size
+        return image_at(channel, y, column % width)
+
+    patches = torch.zeros(len(strip_edges) - 1, channels, patch_size, patch_size, dtype=torch.float64)
+    for token in range(len(strip_edges) - 1):
+        for column in range(patch_size):
+            x = strip_edges[token] + (strip_edges[token + 1] - strip_edges[token]) * column / patch_size
+            weight = x - math.floor(x)
+            for channel in range(channels):
+                for row in range(patch_size):
+                    left, right = (strip_at(channel, row, math.floor(x) + step) for step in (0, 1))
+                    patches[token, channel, row, column] = left * (1 - weight) + right * weight
+    return patches
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 999), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 5)
+)
+def test_every_number_is_the_one_defined(seed, num_patches, height, width, channels, patch_size):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
+    scores = torch.rand(2, 3, 3, generator=generator, dtype=torch.float64)
+    regions = flow_regions(scores, num_patches, height, width)
+    patches = patch_images(sample_regions(pixels, regions, patch_size), patch_size)
+    for index in range(2):
+        expected = sample_by_definition(
+            pixels[index], regions.row_edges[index].tolist(), regions.strip_edges[index].tolist(), patch_size
+        )
+        torch.testing.assert_close(patches[index], expected, rtol=0, atol=1e-9)
+
+
+def test_beyond_the_last_column_the_strip_is_zero():
+    pixels = torch.ones(1, 1, 4, 4)
+    edges = {"scores": torch.ones(1, 1, 1), "row_edges": torch.tensor([[0.0, 4]])}
+    last = sample_regions(pixels, Regions(**edges, strip_edges=torch.tensor([[0.0, 3.5, 4]])), 2)
+    # Columns of the second region at 3.5 and 3.75: blended with nothing.
+    assert last[0, 1].view(2, 2).tolist() == [[0.5, 0.5], [0.25, 0.25]]
+    empty = sample_regions(pixels, Regions(**edges, strip_edges=torch.tensor([[0.0, 4, 4]])), 2)
+    assert (empty[0, 1] == 0).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 3), (5, 5), (1, 4)])
+def test_uniform_at_patch_size_cuts_the_image_unchanged(rows, columns):
+    pixels = torch.randn(2, 3, 4 * rows, 4 * columns)
+    regions = uniform_regions(torch.ones(2, 2, 2), rows * columns, 4 * rows, 4 * columns)
+    images = patch_images(sample_regions(pixels, regions, 4), 4)
+    plain = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    assert torch.equal(images, plain)
+
+
+def test_gradients_reach_pixels_and_edges():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 2, 7, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([[0.0, 3.3, 7]], dtype=torch.float64, requires_grad=True)
+    strip = torch.tensor([[0.0, 4.21, 11.17, 18]], dtype=torch.float64, requires_grad=True)
+
+    def sample(pixels, rows, strip):
+        return sample_regions(pixels, Regions(scores=None, row_edges=rows, strip_edges=strip), 3)
+
+    # The first and last edges lie on pixel centres, where the interpolation has a corner.
+    inner = torch.autograd.grad(sample(pixels, rows, strip).square().sum(), (rows, strip))
+    for edges, gradient, index in [(rows, inner[0], 1), (strip, inner[1], 1), (strip, inner[1], 2)]:
+        step = torch.zeros_like(edges)
+        step[0, index] = 1e-6
+
+        def shifted(sign, edges=edges, step=step):
+            moved = [edge + sign * step if edge is edges else edge for edge in (rows, strip)]
+            return sample(pixels, *moved).square().sum()
+
+        numeric = (shifted(1) - shifted(-1)) / 2e-6
+        torch.testing.assert_close(gradient[0, index], numeric, rtol=1e-5, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda p: sample(p, rows.detach(), strip.detach()), (pixels,))
+
+
+def test_a_nan_image_changes_no_neighbour():
+    pixels = torch.randn(3, 3, 20, 20)
+    regions = flow_regions(torch.rand(3, 4, 4), 9, 20, 20)
+    clean = sample_regions(pixels, regions, 4)
+    pixels[1] = math.nan
+    spoiled = sample_regions(pixels, regions, 4)
+    assert torch.equal(spoiled[[0, 2]], clean[[0, 2]])
+
+
+def test_dtype_follows_the_pixels():
+    regions = flow_regions(torch.rand(1, 4, 4), 9, 20, 20)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        assert sample_regions(torch.rand(1, 3, 20, 20, dtype=dtype), regions, 4).dtype == dtype

@@ -1,0 +1,114 @@
+"""Tokenizer: budgets, sizes, precision, and input that it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from dart_hf.modeling.configuration_dart import DartConfig
+from dart_hf.modeling.region_partition import bands_for_budget
+from dart_hf.modeling.region_tokenizer import RegionTokenizer
+
+
+def make_tokenizer(**settings) -> RegionTokenizer:
+    torch.manual_seed(0)
+    tokenizer = RegionTokenizer(
+        DartConfig(**{"scorer": "conv", "hidden_size": 24, "patch_size": 4, "num_patches": 9, **settings})
+    )
+    torch.nn.init.normal_(tokenizer.position_embeddings)
+    return tokenizer.eval()
+
+
+@pytest.mark.parametrize("num_patches", [1, 2, 7, 50, 211])
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (33, 190), (200, 17)])
+def test_any_budget_and_any_size(num_patches, size):
+    tokens, regions = make_tokenizer()(torch.randn(2, 3, *size), num_patches)
+    assert tokens.shape == (2, num_patches, 24)
+    assert tokens.isfinite().all()
+    assert regions.row_edges.shape == (2, bands_for_budget(num_patches, *size) + 1)
+    assert regions.strip_edges.shape == (2, num_patches + 1)
+    assert regions.scores.shape == (2, 14, 14)
+
+
+def test_the_configured_budget_is_the_default():
+    assert make_tokenizer(num_patches=13)(torch.randn(1, 3, 32, 32))[0].shape[1] == 13
+
+
+def test_uniform_is_a_plain_patch_embedding_and_runs_no_scorer():
+    tokenizer = make_tokenizer(partition="uniform", score_grid_size=4, num_patches=16)
+    tokenizer.scorer.forward = None  # not callable: fails if it is run
+    pixels = torch.randn(2, 3, 16, 16)
+    tokens, regions = tokenizer(pixels)
+    plain = tokenizer.projection(pixels).flatten(2).transpose(1, 2) + tokenizer.position_embeddings[:, 1:]
+    torch.testing.assert_close(tokens, plain)
+    assert (regions.scores == 1).all()
+
+
+def test_grid_needs_a_budget_that_factors():
+    tokenizer = make_tokenizer(partition="grid")
+    assert tokenizer(torch.randn(1, 3, 32, 32), 16)[0].shape == (1, 16, 24)
+    with pytest.raises(ValueError, match="nearest budgets that do are 12 and 16"):
+        tokenizer(torch.randn(1, 3, 32, 32), 13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_partition_runs_in_float32_in_half_precision_models(dtype):
+    tokenizer = make_tokenizer().to(dtype)
+    tokens, regions = tokenizer(torch.randn(2, 3, 64, 64))
+    assert tokens.dtype == dtype
+    assert {regions.scores.dtype, regions.row_edges.dtype, regions.strip_edges.dtype} == {torch.float32}
+
+
+def test_autocast_leaves_the_partition_exact():
+    tokenizer = make_tokenizer()
+    pixels = torch.randn(2, 3, 64, 64)
+    scores = torch.rand(2, 14, 14)
+    tokenizer.scorer.forward = lambda pixel_values: scores
+    plain = tokenizer.partition(pixels, 30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = tokenizer.partition(pixels, 30)
+        weights = tokenizer.positions(cast)
+    assert torch.equal(plain.row_edges, cast.row_edges)
+    assert torch.equal(plain.strip_edges, cast.strip_edges)
+    assert weights.isfinite().all()
+
+
+def test_float64_stays_float64():
+    tokenizer = make_tokenizer().double()
+    tokens, regions = tokenizer(torch.randn(1, 3, 40, 40, dtype=torch.float64))
+    assert {tokens.dtype, regions.scores.dtype, regions.strip_edges.dtype} == {torch.float64}
+
+
+def test_a_nan_image_changes_no_neighbour():
+    tokenizer = make_tokenizer(score_normalization="image")
+    pixels = torch.randn(3, 3, 40, 40)
+    clean, _ = tokenizer(pixels)
+    pixels[1, :, 3, 3] = math.nan
+    spoiled, regions = tokenizer(pixels)
+    assert torch.equal(clean[[0, 2]], spoiled[[0, 2]])
+    uniform = torch.arange(10) * (regions.strip_edges[1, -1] / 9)
+    torch.testing.assert_close(regions.strip_edges[1], uniform)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"must have shape \(batch, channels, height, width\), got \(3, 8, 8\)"),
+        (torch.zeros(1, 1, 3, 8, 8), r"must have shape .* got \(1, 1, 3, 8, 8\)"),
+        (torch.zeros(2, 1, 8, 8), "must have 3 channels, got 1"),
+        (torch.zeros(2, 8, 8, 3), "must have 3 channels, got 8"),
+        (torch.zeros(2, 3, 0, 8), "at least one pixel"),
+        (torch.zeros(0, 3, 8, 8), "at least one image"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"must be floating point .* got torch\.uint8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), r"must be floating point .* got torch\.int64"),
+    ],
+)
+def test_unsuitable_pixel_values_are_refused(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer()(pixels)
+
+
+@pytest.mark.parametrize("num_patches", [0, -4, 2.5, True, "9"])
+def test_unsuitable_budgets_are_refused(num_patches):
+    with pytest.raises(ValueError, match="num_patches must be an integer of at least 1"):
+        make_tokenizer()(torch.zeros(1, 3, 8, 8), num_patches)
