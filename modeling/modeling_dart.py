@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_dart import DartConfig
 from .region_partition import Regions
 
-# Not used here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
+# Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
 from .region_sampling import sample_regions  # noqa: F401
 from .region_scorer import DEAD_SCORER, RegionScorer, ScoreStatistics
 from .region_tokenizer import RegionTokenizer

@@ -1,12 +1,14 @@
 """Scorer: pixel values -> scores. A convolutional trunk, a head, and a standardisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
@@ -375,5 +377,12 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"Scorer weights {path} do not exist.")
-    state_dict = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu")
-    return state_dict
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"Scorer weights {path} are damaged, or cannot be read without executing code.") from error
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise ValueError(f"Scorer weights {path} are no state dict: a mapping of names to tensors is accepted.")
+    return dict(state_dict)

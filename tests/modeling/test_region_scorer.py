@@ -339,6 +339,16 @@ def test_the_library_download_is_what_is_loaded(monkeypatch):
     assert torch.equal(model.trunk[0][0].weight, source["features.0.0.weight"])
 
 
+class WritesAFile:
+    """Its pickle writes a file when it is executed."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
 def test_unsuitable_weights_are_refused_and_change_nothing(tmp_path):
     model = make_scorer(scorer="mobilenet_v3_small")
     before = trunk_state(model)
@@ -354,6 +364,17 @@ def test_unsuitable_weights_are_refused_and_change_nothing(tmp_path):
     torch.save({**good, "features.0.0.weight": torch.zeros(16, 3, 5, 5)}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"'0\.0\.weight' in shape \(16, 3, 5, 5\)"):
         model.load_pretrained_trunk(tmp_path / "b.pth")
+    torch.save({"optimizer": good}, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        model.load_pretrained_trunk(tmp_path / "c.pth")
+    for name in ("d.pth", "d.safetensors"):
+        (tmp_path / name).write_bytes(b"nonsense")
+        with pytest.raises(ValueError, match="damaged, or cannot be read without executing code"):
+            model.load_pretrained_trunk(tmp_path / name)
+    torch.save(WritesAFile(tmp_path / "written"), tmp_path / "e.pth")
+    with pytest.raises(ValueError, match="damaged, or cannot be read without executing code"):
+        model.load_pretrained_trunk(tmp_path / "e.pth")
+    assert not (tmp_path / "written").exists()
     with pytest.raises(ValueError, match="no pretrained weights"):
         make_scorer(scorer="conv").load_pretrained_trunk()
 

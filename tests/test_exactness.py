@@ -1,0 +1,139 @@
+"""The models compute what the authors' code computes (`golden/README.md` says what each tensor is)."""
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+from dart_hf import DartConfig, DartForImageClassification
+from dart_hf.modeling.region_partition import grid_regions
+from dart_hf.modeling.region_sampling import patch_images, sample_regions
+from dart_hf.modeling.region_scorer import RegionScorer
+
+REFERENCE_VARIANTS = ("darvit-tiny", "darvit-tiny-v2", "darvit-tiny-ft121p", "darvit-sm-ft392p")
+ALL_VARIANTS = (*REFERENCE_VARIANTS, "darvit-sm", "darvit-sm-ft144p", "darvit-sm-ft288p")
+TENSORS = (
+    "scores",
+    "row_heights",
+    "edges",
+    "patches_first_last",
+    "embeddings_every_8th",
+    "position_embeddings_every_8th",
+    "logits",
+    "grad_pos_embed",
+    "grad_projection_bias",
+    "grad_scorer_in_bias",
+    "grad_scorer_out_weight",
+    "grad_pixels_mean_abs",
+)
+
+
+def relative_error(computed: torch.Tensor, expected: np.ndarray) -> float:
+    """max|a - b| / max|b|; shapes must agree."""
+    expected = torch.from_numpy(expected).double()
+    assert computed.shape == expected.shape
+    return ((computed.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def tolerance(expected: np.ndarray) -> float:
+    """Ours is 1e-6; agreement is in fact much closer, limited by how the reference is stored."""
+    return 2e-7 if expected.dtype == np.float32 else 1e-8
+
+
+def photographs(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.from_numpy(golden.normalised(golden.inputs())).to(dtype)
+
+
+@pytest.fixture(scope="module", params=REFERENCE_VARIANTS)
+def case(request, converted) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+    """Everything that the reference stores, computed by the converted model in float64; and the reference."""
+    expected = golden.reference(request.param)
+    model = DartForImageClassification.from_pretrained(converted(request.param), dtype=torch.float64)
+    pixel_values = photographs().requires_grad_()
+    outputs = model(pixel_values, output_regions=True)
+    weights = torch.from_numpy(np.random.RandomState(0).standard_normal(outputs.logits.shape))
+    (outputs.logits * weights).sum().backward()
+
+    tokenizer, head, regions = model.dart.tokenizer, model.dart.tokenizer.scorer.head, outputs.regions
+    patches = sample_regions(pixel_values, regions, model.config.patch_size)
+    embeddings, positions = tokenizer.project(patches), tokenizer.positions(regions)
+    computed = {
+        "scores": regions.scores.flatten(1),
+        "row_heights": regions.row_edges.diff(dim=1),
+        "edges": regions.strip_edges,
+        "patches_first_last": patch_images(patches, model.config.patch_size)[:, [0, 1, -2, -1]],
+        "embeddings_every_8th": embeddings[:, ::8],
+        "position_embeddings_every_8th": positions[:, ::8],
+        "logits": outputs.logits,
+        # The rows of the class token and of the first eight cells.
+        "grad_pos_embed": tokenizer.position_embeddings.grad[:, :9],
+        "grad_projection_bias": tokenizer.projection.bias.grad,
+        "grad_scorer_in_bias": head.fc1.bias.grad,
+        "grad_scorer_out_weight": head.fc2.weight.grad,
+        "grad_pixels_mean_abs": pixel_values.grad.abs().mean(dim=(1, 2, 3)),
+    }
+    return {name: value.detach() for name, value in computed.items()}, expected
+
+
+def test_every_stored_tensor_is_compared(case):
+    _, expected = case
+    assert set(TENSORS) == set(expected)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_float64_agrees_with_the_authors_code(case, name):
+    computed, expected = case
+    assert relative_error(computed[name], expected[name]) < tolerance(expected[name])
+
+
+@pytest.mark.parametrize("variant", REFERENCE_VARIANTS)
+def test_float32_logits_agree_with_the_authors_code(variant, converted):
+    model = DartForImageClassification.from_pretrained(converted(variant))
+    with torch.no_grad():
+        logits = model(photographs(torch.float32)).logits
+    assert logits.dtype == torch.float32
+    assert relative_error(logits, golden.reference(variant)["logits"]) < 2e-3
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_published_models_survive_saving_and_loading(variant, converted, tmp_path):
+    model = DartForImageClassification.from_pretrained(converted(variant))
+    published = golden.manifest(variant)
+    assert (model.config.num_patches, model.config.image_size) == (published["num_patches"], published["image_size"])
+    assert (model.config.scorer, model.config.scorer_head) == (published["scorer"], published["scorer_head"])
+
+    pixel_values = photographs(torch.float32)
+    model.save_pretrained(tmp_path)
+    reloaded = DartForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        assert torch.equal(reloaded(pixel_values).logits, logits)
+    assert logits.isfinite().all()
+
+
+def test_grid_partition_and_efficientnet_scorer_agree_with_the_authors_code():
+    """The tokenizer of RMT-L6, whose encoder is not part of this package."""
+    expected = golden.reference("darmt-L6")
+    prefix = "pre_image.spn.spn.spn."
+    config = DartConfig(scorer="efficientnet_b0", score_normalization="batch", scorer_frozen=True)
+    scorer = RegionScorer(config).eval()
+    tensors = {
+        name.removeprefix(prefix)
+        .replace("features.", "trunk.")
+        .replace("mlp.net.0.", "head.fc1.")
+        .replace("mlp.net.2.", "head.fc2."): torch.from_numpy(value)
+        for name, value in golden.original_state_dict("darmt-L6").items()
+        if name.startswith(prefix)
+    }
+    scorer.load_state_dict({**scorer.state_dict(), **tensors, "trunk_loaded": torch.tensor(True)})
+    pixel_values = photographs()
+    with torch.no_grad():
+        scores = scorer.double()(pixel_values)
+        regions = grid_regions(scores, 196, 448, 448, first_edge=2.0)
+        patches = patch_images(sample_regions(pixel_values, regions, 16), 16)
+    rebuilt = patches.unflatten(1, (14, 14)).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 224, 224)
+
+    assert relative_error(scores.flatten(1), expected["scores"]) < 1e-8
+    assert relative_error(regions.row_edges.diff(dim=1), expected["row_heights"]) < 1e-8
+    assert relative_error(regions.strip_edges, expected["edges"]) < 1e-8
+    assert relative_error(rebuilt[:, :, ::8, ::8], expected["reshaped_image"]) < 2e-7
