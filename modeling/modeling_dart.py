@@ -252,9 +252,9 @@ class DartModel(DartPreTrainedModel):
             `last_hidden_state` (B, 1 + N, D), the class token first; `pooler_output` (B, D), the normalised class
             token; `regions` on request.
         """
-        tokens, regions = self.tokenizer(pixel_values, num_patches)
-        class_token = self.cls_token + self.tokenizer.position_embeddings[:, :1]
-        hidden_states = torch.cat([class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
+        class_token = (self.cls_token + class_position).expand(tokens.shape[0], -1, -1)
+        hidden_states = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)

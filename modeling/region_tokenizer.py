@@ -18,13 +18,13 @@ class RegionTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.scorer = RegionScorer(config)
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        self.projection = PatchProjection(config.num_channels, config.hidden_size, kernel_size=config.patch_size)
         # The first row belongs to the class token, the others to the cells of the score grid.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.score_grid_size**2, config.hidden_size))
 
-    def forward(self, pixel_values: torch.Tensor, num_patches: int | None = None) -> tuple[torch.Tensor, Regions]:
+    def forward(
+        self, pixel_values: torch.Tensor, num_patches: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Regions]:
         """Tokenize a batch of images.
 
         Args:
@@ -32,7 +32,8 @@ class RegionTokenizer(nn.Module):
             num_patches: Token budget N; `config.num_patches` without it.
 
         Returns:
-            Tokens with their positions added, (B, N, D), in the order of the regions; and the regions.
+            Tokens with their positions added, (B, N, D), in the order of the regions; the class token's position
+            (1, 1, D); and the regions.
 
         Raises:
             ValueError: `pixel_values` has another rank, channel count or dtype, or no pixels; or the budget is below 1
@@ -43,7 +44,7 @@ class RegionTokenizer(nn.Module):
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         regions = self.partition(pixel_values, num_patches)
         patches = sample_regions(pixel_values, regions, self.config.patch_size)
-        return self.project(patches) + self.positions(regions), regions
+        return self.projection(patches) + self.positions(regions), self.position_embeddings[:, :1], regions
 
     def partition(self, pixel_values: torch.Tensor, num_patches: int) -> Regions:
         """Regions of (B, C, H, W); in float32 at least, whatever the dtype of the model or of autocast."""
@@ -56,12 +57,6 @@ class RegionTokenizer(nn.Module):
             scores = self.scorer(pixel_values)
         with maybe_autocast(pixel_values.device.type, enabled=False):
             return PARTITIONS[self.config.partition](scores, num_patches, height, width)
-
-    def project(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
-        # The kernel (D, C, rows, columns) in the order in which a patch is stored.
-        kernel = self.projection.weight.permute(0, 3, 2, 1).flatten(1)
-        return linear(patches, kernel, self.projection.bias)
 
     def positions(self, regions: Regions) -> torch.Tensor:
         """The position table averaged over every region: (B, N, D)."""
@@ -84,3 +79,12 @@ class RegionTokenizer(nn.Module):
             )
         if isinstance(num_patches, bool) or not isinstance(num_patches, int) or num_patches < 1:
             raise ValueError(f"num_patches must be an integer of at least 1, got {num_patches!r}.")
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution kernel (D, C, P, P) that meets each patch exactly once: a dot product."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
+        # The kernel's (C, rows, columns) in the order in which a patch is stored.
+        return linear(patches, self.weight.permute(0, 3, 2, 1).flatten(1), self.bias)

@@ -56,7 +56,7 @@ def case(request, converted) -> tuple[dict[str, torch.Tensor], dict[str, np.ndar
 
     tokenizer, head, regions = model.dart.tokenizer, model.dart.tokenizer.scorer.head, outputs.regions
     patches = sample_regions(pixel_values, regions, model.config.patch_size)
-    embeddings, positions = tokenizer.project(patches), tokenizer.positions(regions)
+    embeddings, positions = tokenizer.projection(patches), tokenizer.positions(regions)
     computed = {
         "scores": regions.scores.flatten(1),
         "row_heights": regions.row_edges.diff(dim=1),

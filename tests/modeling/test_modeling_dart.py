@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from accelerate import cpu_offload
 from transformers import Trainer, TrainingArguments
 
 import dart_hf
@@ -427,6 +428,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_with_its_weights_offloaded():
+    model = make_model()
+    expected = model(pixels()).logits
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    torch.testing.assert_close(offloaded(pixels()).logits, expected)
 
 
 def test_stochastic_depth_drops_in_training_only():

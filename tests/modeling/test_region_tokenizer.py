@@ -22,7 +22,7 @@ def make_tokenizer(**settings) -> RegionTokenizer:
 @pytest.mark.parametrize("num_patches", [1, 2, 7, 50, 211])
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (33, 190), (200, 17)])
 def test_any_budget_and_any_size(num_patches, size):
-    tokens, regions = make_tokenizer()(torch.randn(2, 3, *size), num_patches)
+    tokens, _, regions = make_tokenizer()(torch.randn(2, 3, *size), num_patches)
     assert tokens.shape == (2, num_patches, 24)
     assert tokens.isfinite().all()
     assert regions.row_edges.shape == (2, bands_for_budget(num_patches, *size) + 1)
@@ -38,8 +38,10 @@ def test_uniform_is_a_plain_patch_embedding_and_runs_no_scorer():
     tokenizer = make_tokenizer(partition="uniform", score_grid_size=4, num_patches=16)
     tokenizer.scorer.forward = None  # not callable: fails if it is run
     pixels = torch.randn(2, 3, 16, 16)
-    tokens, regions = tokenizer(pixels)
-    plain = tokenizer.projection(pixels).flatten(2).transpose(1, 2) + tokenizer.position_embeddings[:, 1:]
+    tokens, _, regions = tokenizer(pixels)
+    kernel = tokenizer.projection
+    plain = torch.nn.functional.conv2d(pixels, kernel.weight, kernel.bias, stride=4).flatten(2).transpose(1, 2)
+    plain = plain + tokenizer.position_embeddings[:, 1:]
     torch.testing.assert_close(tokens, plain)
     assert (regions.scores == 1).all()
 
@@ -54,7 +56,7 @@ def test_grid_needs_a_budget_that_factors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_partition_runs_in_float32_in_half_precision_models(dtype):
     tokenizer = make_tokenizer().to(dtype)
-    tokens, regions = tokenizer(torch.randn(2, 3, 64, 64))
+    tokens, _, regions = tokenizer(torch.randn(2, 3, 64, 64))
     assert tokens.dtype == dtype
     assert {regions.scores.dtype, regions.row_edges.dtype, regions.strip_edges.dtype} == {torch.float32}
 
@@ -75,16 +77,16 @@ def test_autocast_leaves_the_partition_exact():
 
 def test_float64_stays_float64():
     tokenizer = make_tokenizer().double()
-    tokens, regions = tokenizer(torch.randn(1, 3, 40, 40, dtype=torch.float64))
+    tokens, _, regions = tokenizer(torch.randn(1, 3, 40, 40, dtype=torch.float64))
     assert {tokens.dtype, regions.scores.dtype, regions.strip_edges.dtype} == {torch.float64}
 
 
 def test_a_nan_image_changes_no_neighbour():
     tokenizer = make_tokenizer(score_normalization="image")
     pixels = torch.randn(3, 3, 40, 40)
-    clean, _ = tokenizer(pixels)
+    clean, _, _ = tokenizer(pixels)
     pixels[1, :, 3, 3] = math.nan
-    spoiled, regions = tokenizer(pixels)
+    spoiled, _, regions = tokenizer(pixels)
     assert torch.equal(clean[[0, 2]], spoiled[[0, 2]])
     uniform = torch.arange(10) * (regions.strip_edges[1, -1] / 9)
     torch.testing.assert_close(regions.strip_edges[1], uniform)
