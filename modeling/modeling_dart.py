@@ -151,7 +151,7 @@ class DartPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, RegionScorer):
-            module.initialize_trunk()
+            # Its trunk is left as its library makes it.
             init.zeros_(module.trunk_loaded)
         elif isinstance(module, ScoreStatistics):
             init.zeros_(module.running_mean)
@@ -169,12 +169,16 @@ class DartPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> "DartPreTrainedModel | tuple[DartPreTrainedModel, dict[str, Any]]":
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        trunk = "tokenizer.scorer.trunk."
+        absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        model.scorer.initialize_missing_weights({name.partition(trunk)[2] for name in absent if trunk in name})
         # Loading makes every parameter trainable again.
         model.scorer.set_frozen(model.config.scorer_frozen)
-        return loaded
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # The saved code holds the bare model too: let `AutoModel` find it in a classifier's folder.
@@ -207,7 +211,7 @@ class DartPreTrainedModel(PreTrainedModel):
         Training such a model learns nothing about where to look: the regions stay all but uniform.
         """
         if self.config.partition != "uniform" and self.scorer.is_dead:
-            raise ValueError(f"The scorer is dead: {DEAD_SCORER.format(scorer=self.config.scorer)}")
+            raise ValueError(DEAD_SCORER.format(scorer=self.config.scorer))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base_model.tokenizer.projection
@@ -251,9 +255,12 @@ class DartModel(DartPreTrainedModel):
         Returns:
             `last_hidden_state` (B, 1 + N, D), the class token first; `pooler_output` (B, D), the normalised class
             token; `regions` on request.
+
+        Raises:
+            ValueError: See [`RegionTokenizer.forward`].
         """
         tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
-        class_token = (self.cls_token + class_position).expand(tokens.shape[0], -1, -1)
+        class_token = (self.cls_token.to(class_position.device) + class_position).expand(tokens.shape[0], -1, -1)
         hidden_states = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
@@ -295,6 +302,9 @@ class DartForImageClassification(DartPreTrainedModel):
 
         Returns:
             `logits` (B, num_labels); `loss` with labels; `regions` on request.
+
+        Raises:
+            ValueError: There is not one label per image; or see [`RegionTokenizer.forward`].
         """
         if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
             raise ValueError(

@@ -7,6 +7,7 @@ The rules are those of DART (arXiv 2506.10390) as its published checkpoints were
 
 import math
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch.nn.functional import pad
@@ -114,6 +115,7 @@ def cell_coverage(edges: torch.Tensor, num_cells: int) -> torch.Tensor:
 
     Args:
         edges: (B, K + 1) in cell units [0, num_cells].
+        num_cells: How many cells there are.
 
     Returns:
         (B, K, num_cells).
@@ -128,6 +130,7 @@ def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
 
     Args:
         row_edges: (B, R + 1) pixels.
+        grid_size: G.
 
     Returns:
         (B, R, G); the shares of a band sum to 1.
@@ -138,6 +141,10 @@ def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
 
 def position_weights(regions: Regions, grid_size: int) -> torch.Tensor:
     """What share of each region every cell of the position table makes up.
+
+    Args:
+        regions: Of N regions each.
+        grid_size: Side G of the table.
 
     Returns:
         (B, N, G·G); the shares of a region sum to 1, those of a region without width to 0.
@@ -224,7 +231,7 @@ def check_grid_budget(num_patches: int, height: int, width: int) -> None:
     if not fits(num_patches):
         rows = bands_for_budget(num_patches, height, width)
         lower = next((n for n in range(num_patches - 1, 0, -1) if fits(n)), None)
-        upper = next(n for n in range(num_patches + 1, 2 * num_patches + height + 2) if fits(n))
+        upper = next(n for n in count(num_patches + 1) if fits(n))
         nearest = f"{upper}" if lower is None else f"{lower} and {upper}"
         raise ValueError(
             f"num_patches={num_patches} does not fill the {rows} rows of a grid over "

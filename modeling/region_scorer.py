@@ -1,6 +1,6 @@
 """Scorer: pixel values -> scores. A convolutional trunk, a head, and a standardisation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,9 +11,7 @@ import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import distributed, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.functional import gelu, interpolate
-from transformers import initialization as init
 from transformers.utils import logging
 
 from .configuration_dart import RegionTokenizerConfig
@@ -22,12 +20,14 @@ logger = logging.get_logger(__name__)
 
 STANDARDIZATION_EPSILON = 1e-8
 STATISTICS_MOMENTUM = 0.1
-HEAD_WIDTH = 96
-CONV_TRUNK_WIDTHS = (24, 48, 72, 96)
+HEAD_HIDDEN_SIZE = 96
+# (width, kernel size, stride) of each convolution of the "conv" trunk. The first takes a coarse step: a layer at half
+# resolution would cost more than the whole rest.
+CONV_TRUNK = ((24, 7, 4), (48, 3, 2), (96, 3, 2))
 
 # torchvision name -> the part that is the trunk; then per head how many of its layers are read (None: all) and how many
 # channels the last of them has.
-TORCHVISION_TRUNKS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
+TORCHVISION_LAYERS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
     "mobilenet_v3_small": ("features", {"v1": (11, 96), "v2": (13, 576)}),
     "mobilenet_v3_large": ("features", {"v1": (15, 160), "v2": (17, 960)}),
     "efficientnet_b0": ("features", {"v1": (None, 1280), "v2": (None, 1280)}),
@@ -44,13 +44,13 @@ class RegionScorer(nn.Module):
         self.config = config
         self.trunk, num_features = build_trunk(config)
         if config.scorer_head == "v1":
-            hidden_size = num_features if config.scorer.startswith("mobilenet") else HEAD_WIDTH
+            hidden_size = num_features if config.scorer.startswith("mobilenet") else HEAD_HIDDEN_SIZE
             self.head: nn.Module = PerCellHead(num_features, hidden_size)
         else:
             self.head = ChannelGateHead(num_features)
         self.statistics = ScoreStatistics()
-        # Whether the trunk holds weights that were loaded or trained. A buffer, so that a checkpoint tells.
-        self.register_buffer("trunk_loaded", torch.tensor(False))
+        # Whether the trunk holds weights that were loaded or trained: 0 or 1, in a buffer, so that a checkpoint tells.
+        self.register_buffer("trunk_loaded", torch.tensor(0))
         self._trunk_checked = False
         self._built_on_meta = next(self.trunk.parameters()).is_meta
         # transformers' initialisation would overwrite what the trunk's own library does.
@@ -73,12 +73,13 @@ class RegionScorer(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> scores (B, G, G) in float32 at least.
 
-        An image whose logits are constant, infinite or NaN gets constant scores.
+        An image whose logits are constant, infinite or NaN gets constant scores. In training, one with infinite or NaN
+        pixels counts as a grey image in the BatchNorm of a trunk that is not frozen.
         """
         self._warn_of_dead_trunk()
         if self.training:
             # A NaN would spread through BatchNorm to the other images, and through the head's gradient to the weights.
-            finite = pixel_values.isfinite().all(dim=(1, 2, 3))[:, None, None]
+            finite = pixel_values.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()[:, None, None]
             logits = self.head(self.features(torch.where(finite[..., None], pixel_values, 0)))
             logits = torch.where(finite, logits, torch.nan)
         else:
@@ -95,7 +96,7 @@ class RegionScorer(nn.Module):
             with torch.no_grad():
                 return self.trunk(pixel_values)
         if self.training:
-            self.trunk_loaded.fill_(True)
+            self.trunk_loaded.fill_(1)
         return self.trunk(pixel_values)
 
     def load_pretrained_trunk(self, source: str | Path | None = None) -> None:
@@ -116,24 +117,40 @@ class RegionScorer(nn.Module):
         if source is not None:
             weights = self._select_trunk_weights(_read_state_dict(Path(source)), str(source))
         elif name.startswith("timm/"):
-            weights = TimmTrunk(name.removeprefix("timm/"), self.config.num_channels, pretrained=True).state_dict()
+            weights = TimmTrunk(self.config, pretrained=True).state_dict()
         else:
             library = torchvision.models.get_model_weights(name).DEFAULT
             weights = self._select_trunk_weights(library.get_state_dict(progress=True, check_hash=True), str(library))
         self.trunk.load_state_dict(weights)
-        self.trunk_loaded.fill_(True)
+        self.trunk_loaded.fill_(1)
 
-    def initialize_trunk(self) -> None:
-        """Initialise what no checkpoint has given the trunk, as its own library does (for `_init_weights`)."""
-        missing = [t for t in _tensors(self.trunk).values() if not getattr(t, "_is_hf_initialized", False)]
-        if self._built_on_meta and missing:
-            fresh, _ = build_trunk(self.config)
-            for tensor, initial in zip(_tensors(self.trunk).values(), _tensors(fresh).values(), strict=True):
-                init.copy_(tensor, initial.to(tensor.device))
+    @torch.no_grad()
+    def initialize_missing_weights(self, missing: Collection[str]) -> None:
+        """After `from_pretrained`, initialise as the trunk's own library does what no checkpoint holds.
+
+        transformers' own initialisation would not know how.
+
+        Args:
+            missing: Names of the trunk's tensors that were not loaded.
+        """
+        persistent = self.trunk.state_dict()
+        # Computed when the trunk is built, and lost where it was built without memory.
+        computed = [name for name, _ in self.trunk.named_buffers() if name not in persistent]
+        if not missing and not (computed and self._built_on_meta):
+            return
+        fresh = build_trunk(self.config)[0]
+        initial = fresh.state_dict()
+        for name in missing:
+            persistent[name].copy_(initial[name])
+        for name in computed:
+            self.trunk.get_buffer(name).copy_(fresh.get_buffer(name))
+        if missing:
+            # Whatever the checkpoint says of the trunk that it was saved from: this one lacks weights.
+            self.trunk_loaded.zero_()
 
     def _select_trunk_weights(self, state_dict: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
         """The trunk's tensors out of a whole model's state dict."""
-        part = TORCHVISION_TRUNKS[self.config.scorer][0] if self.config.scorer in TORCHVISION_TRUNKS else "model"
+        part = TORCHVISION_LAYERS[self.config.scorer][0] if self.config.scorer in TORCHVISION_LAYERS else "model"
         # timm's feature extractors join module names with "_" where the whole model has ".".
         given = {key.removeprefix(f"{part}.").replace(".", "_"): value for key, value in state_dict.items()}
         selected = {}
@@ -155,17 +172,17 @@ class RegionScorer(nn.Module):
             return
         self._trunk_checked = True
         if self.is_dead:
-            logger.warning(f"The scorer is dead: {DEAD_SCORER.format(scorer=self.config.scorer)}")
+            logger.warning(DEAD_SCORER.format(scorer=self.config.scorer))
 
     @property
     def is_dead(self) -> bool:
         """Whether the trunk is frozen without ever having got weights."""
-        return self.config.scorer_frozen and not self.trunk_loaded.item()
+        return bool(self.config.scorer_frozen) and self.trunk_loaded.item() == 0
 
 
 DEAD_SCORER = (
-    "its trunk {scorer!r} is frozen and has random weights, so the regions do not follow the image; call "
-    "model.load_pretrained_scorer(), load a checkpoint, or set scorer_frozen=False."
+    "The scorer is dead: its trunk {scorer!r} is frozen and has random weights, so the regions do not follow the "
+    "image; load a checkpoint, call model.load_pretrained_scorer(), or let it train with model.freeze_scorer(False)."
 )
 
 
@@ -192,13 +209,15 @@ class ChannelGateHead(nn.Module):
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(num_features, HEAD_WIDTH)
-        self.fc2 = nn.Linear(HEAD_WIDTH, num_features)
+        self.fc1 = nn.Linear(num_features, HEAD_HIDDEN_SIZE)
+        self.fc2 = nn.Linear(HEAD_HIDDEN_SIZE, num_features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F, h, w) -> logits (B, h, w)."""
         gate = self.fc2(gelu(self.fc1(features.mean(dim=(2, 3))))).sigmoid()
-        return (features * gate[:, :, None, None]).sum(dim=1)
+        # Hundreds of channels: half precision would leave the sum two digits.
+        precision = torch.promote_types(features.dtype, torch.float32)
+        return (features * gate[:, :, None, None]).sum(dim=1, dtype=precision)
 
     @staticmethod
     def squash(standardized: torch.Tensor) -> torch.Tensor:
@@ -217,7 +236,8 @@ class ScoreStatistics(nn.Module):
         self.register_buffer("running_mean", torch.zeros(()))
         self.register_buffer("running_var", torch.ones(()))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self._warned = False
+        self._batch_checked = False
+        self._running_checked = False
 
     def forward(self, logits: torch.Tensor, normalization: str) -> torch.Tensor:
         """Standardise.
@@ -238,16 +258,13 @@ class ScoreStatistics(nn.Module):
         if normalization == "image":
             mean, variance = image_moments(logits)
         elif self.training:
-            mean, variance = batch_moments(logits, usable)
-            self._track(mean.detach(), variance.detach(), usable.any())
+            mean, variance, count = batch_moments(logits, usable, _sum_over_processes)
+            self._track(mean.detach(), variance.detach(), count > 0)
         elif normalization == "batch":
-            mean, variance = batch_moments(logits, usable)
-            if logits.shape[0] > 1:
-                self._warn_once(
-                    "score_normalization='batch' (the published rule) makes an image's prediction depend on the other "
-                    "images of its batch; set model.config.score_normalization to 'image', or fine-tune with 'running'."
-                )
+            self._warn_of_neighbours(logits.shape[0])
+            mean, variance, _ = batch_moments(logits, usable)
         else:
+            self._warn_of_missing_statistics()
             mean, variance = self._running_moments(logits)
         # The smallest normal number keeps the root's gradient finite.
         deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
@@ -256,29 +273,35 @@ class ScoreStatistics(nn.Module):
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, any_usable: torch.Tensor) -> None:
         # The first batch replaces the initial values, which describe nothing.
         momentum = torch.where(self.num_batches_tracked > 0, STATISTICS_MOMENTUM, 1.0) * any_usable
-        momentum = momentum.to(self.running_mean.dtype)
+        momentum = momentum.view(()).to(self.running_mean.dtype)
         self.running_mean.lerp_(mean.view(()).to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(variance.view(()).to(self.running_var.dtype), momentum)
-        self.num_batches_tracked.add_(any_usable)
+        self.num_batches_tracked.add_(any_usable.view(()))
 
     def _running_moments(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._warned and not torch.compiler.is_compiling() and not self.num_batches_tracked.is_meta:
-            # Once per model: reading the counter waits for the device.
-            if self.num_batches_tracked.item() == 0:
-                self._warn_once(
-                    "score_normalization='running' has no statistics before the first training step: each image's own "
-                    "are used."
-                )
-            self._warned = True
         tracked = self.num_batches_tracked > 0
         mean, variance = image_moments(logits)
         mean = torch.where(tracked, self.running_mean.to(mean.dtype), mean)
         return mean, torch.where(tracked, self.running_var.to(variance.dtype), variance)
 
-    def _warn_once(self, message: str) -> None:
-        if not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            logger.warning(message)
+    def _warn_of_neighbours(self, batch_size: int) -> None:
+        if batch_size > 1 and not self._batch_checked and not torch.compiler.is_compiling():
+            self._batch_checked = True
+            logger.warning(
+                "score_normalization='batch' (the published rule) makes an image's prediction depend on the other "
+                "images of its batch; set model.config.score_normalization to 'image', or fine-tune with 'running'."
+            )
+
+    def _warn_of_missing_statistics(self) -> None:
+        # Once per model: reading the counter waits for the device.
+        if self._running_checked or torch.compiler.is_compiling() or self.num_batches_tracked.is_meta:
+            return
+        self._running_checked = True
+        if self.num_batches_tracked.item() == 0:
+            logger.warning(
+                "score_normalization='running' has no statistics before the first training step: each image's own are "
+                "used."
+            )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ScoreStatistics":
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -297,27 +320,48 @@ def image_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, squares / max(logits[0].numel() - 1, 1)
 
 
-def batch_moments(logits: torch.Tensor, usable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over the usable images' cells, of all processes while training is distributed.
+def batch_moments(
+    logits: torch.Tensor,
+    usable: torch.Tensor,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance over the usable images' cells.
 
     Args:
         logits: (B, G, G), zero where not usable.
         usable: (B, 1, 1), bool.
+        sum_over_processes: Adds up what each process has; by itself every process is alone.
 
     Returns:
-        Two tensors (1, 1, 1), with gradients to the logits of every process.
+        Mean, variance, and the number of cells that they were taken over; each (1, 1, 1).
     """
     count = (usable.sum() * logits[0].numel()).to(logits.dtype).view(1, 1, 1)
-    count, total = _sum_over_processes(torch.stack([count, logits.sum().view(1, 1, 1)]))
+    count, total = sum_over_processes(torch.stack([count, logits.sum().view(1, 1, 1)]))
     mean = total / count.clamp(min=1)
     squares = torch.where(usable, (logits - mean).square(), 0).sum().view(1, 1, 1)
-    return mean, _sum_over_processes(squares) / (count - 1).clamp(min=1)
+    return mean, sum_over_processes(squares) / (count - 1).clamp(min=1), count
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return all_reduce(tensor)
+        return _AllReduceSum.apply(tensor)
     return tensor
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of the processes' gradients."""
+
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        distributed.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
 
 
 def build_trunk(config: RegionTokenizerConfig) -> tuple[nn.Module, int]:
@@ -327,26 +371,26 @@ def build_trunk(config: RegionTokenizerConfig) -> tuple[nn.Module, int]:
         ValueError: timm knows no such model, or cannot take features from it.
     """
     if config.scorer == "conv":
-        return ConvTrunk(config.num_channels), CONV_TRUNK_WIDTHS[-1]
+        return ConvTrunk(config.num_channels), CONV_TRUNK[-1][0]
     if config.scorer.startswith("timm/"):
-        trunk = TimmTrunk(config.scorer.removeprefix("timm/"), config.num_channels)
+        trunk = TimmTrunk(config)
         return trunk, trunk.num_features
-    part, heads = TORCHVISION_TRUNKS[config.scorer]
+    part, heads = TORCHVISION_LAYERS[config.scorer]
     num_layers, num_features = heads[config.scorer_head]
     model = torchvision.models.get_model(config.scorer, weights=None)
     return getattr(model, part)[:num_layers], num_features
 
 
 class ConvTrunk(nn.Sequential):
-    """Four strided convolutions with BatchNorm: (B, C, H, W) -> (B, 96, ⌈H/16⌉, ⌈W/16⌉).
+    """Three strided convolutions with BatchNorm: (B, C, H, W) -> (B, 96, ⌈H/16⌉, ⌈W/16⌉).
 
     For small images and for training from scratch.
     """
 
     def __init__(self, num_channels: int) -> None:
         layers = []
-        for width in CONV_TRUNK_WIDTHS:
-            convolution = nn.Conv2d(num_channels, width, kernel_size=3, stride=2, padding=1, bias=False)
+        for width, kernel_size, stride in CONV_TRUNK:
+            convolution = nn.Conv2d(num_channels, width, kernel_size, stride, padding=kernel_size // 2, bias=False)
             layers.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
             num_channels = width
         super().__init__(*layers)
@@ -355,23 +399,23 @@ class ConvTrunk(nn.Sequential):
 class TimmTrunk(nn.Module):
     """The last stage of a timm feature extractor: (B, C, H, W) -> (B, F, h, w)."""
 
-    def __init__(self, name: str, num_channels: int, pretrained: bool = False) -> None:
+    def __init__(self, config: RegionTokenizerConfig, pretrained: bool = False) -> None:
         super().__init__()
-        options: dict[str, Any] = {"features_only": True, "out_indices": (-1,), "in_chans": num_channels}
+        name = config.scorer.removeprefix("timm/")
+        options: dict[str, Any] = {"features_only": True, "out_indices": (-1,), "in_chans": config.num_channels}
+        known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if known is not None and known.fixed_input_size:
+            options["img_size"] = config.image_size
         try:
             self.model = timm.create_model(name, pretrained=pretrained, **options)
-        except RuntimeError as error:
-            raise ValueError(f"scorer='timm/{name}' cannot be built: {error}.") from error
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(f"scorer={config.scorer!r} cannot be built: {error}.") from error
         self.num_features = self.model.feature_info.channels()[-1]
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features = self.model(pixel_values)[-1]
         return features.permute(0, 3, 1, 2) if self.channels_last else features
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return module.state_dict(keep_vars=True)
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -381,7 +425,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise ValueError(f"Scorer weights {path} are damaged, or cannot be read without executing code.") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"Scorer weights {path} are no state dict: a mapping of names to tensors is accepted.")

@@ -1,12 +1,14 @@
 """Tokenizer: pixel values -> tokens. Owns the scorer, the projection and the position table."""
 
+from numbers import Integral
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_dart import RegionTokenizerConfig
-from .region_partition import PARTITIONS, Regions, position_weights
+from .region_partition import PARTITIONS, Regions, check_grid_budget, position_weights
 from .region_sampling import sample_regions
 from .region_scorer import RegionScorer
 
@@ -77,8 +79,10 @@ class RegionTokenizer(nn.Module):
                 f"pixel_values must be floating point and normalised, as DartImageProcessor returns them, got "
                 f"{pixel_values.dtype}."
             )
-        if isinstance(num_patches, bool) or not isinstance(num_patches, int) or num_patches < 1:
+        if isinstance(num_patches, bool) or not isinstance(num_patches, Integral) or num_patches < 1:
             raise ValueError(f"num_patches must be an integer of at least 1, got {num_patches!r}.")
+        if self.config.partition == "grid":
+            check_grid_budget(num_patches, *shape[2:])
 
 
 class PatchProjection(nn.Conv2d):

@@ -1,13 +1,13 @@
 """The models: outputs, independence of the batch, training, loading, compilation, half precision."""
 
 import copy
-import logging
 import math
 
 import pytest
 import timm
 import torch
 from accelerate import cpu_offload
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import Trainer, TrainingArguments
 
 import dart_hf
@@ -74,13 +74,25 @@ def test_the_presets_are_deit_and_a_scorer(size):
         ({"patch_size": -1}, "patch_size must be at least 1, got -1"),
         ({"score_grid_size": 0}, "score_grid_size must be at least 1"),
         ({"hidden_size": 100, "num_attention_heads": 3}, "multiple of num_attention_heads, got 100 and 3"),
-        ({"partition": "hexagons"}, "hexagons"),
-        ({"score_normalization": "layer"}, "layer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"intermediate_size": -1}, "intermediate_size must be at least 1, got -1"),
+        ({"hidden_act": "sine"}, "hidden_act='sine' is unknown: accepted are .*gelu"),
     ],
 )
 def test_unusable_settings_are_refused(settings, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         DartConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("partition", "hexagons"), ("score_normalization", "layer"), ("num_patches", "9")]
+)
+def test_settings_of_the_wrong_type_are_refused_on_a_live_model_too(name, value):
+    """By transformers' own checks, which name the field, what it takes and what it got."""
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{value}"):
+        DartConfig(**{name: value})
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{value}"):
+        setattr(make_model().config, name, value)
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------
@@ -145,7 +157,6 @@ def test_attention_implementations_agree():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
 def test_logits_are_the_same_alone_and_in_a_batch_of_seven(normalization, partition, dtype, tolerance):
     model = make_model(score_normalization=normalization, partition=partition, num_patches=12).to(dtype)
-    model.scorer.statistics(torch.randn(4, 14, 14), "batch")  # in evaluation mode: no statistics are kept
     model.scorer.statistics.train()(torch.randn(4, 14, 14, dtype=dtype), "running")
     model.eval()
     images = pixels(7, dtype)
@@ -452,4 +463,65 @@ def test_stochastic_depth_drops_in_training_only():
 def test_public_names():
     for name in dart_hf.__all__:
         assert hasattr(dart_hf, name)
-    assert logging.getLogger("dart_hf").handlers == []
+
+
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_drops_in_training_only(rate):
+    model = make_model(**{rate: 0.5, "scorer_frozen": True, "score_normalization": "image"})
+    images = pixels()
+    assert torch.equal(model(images).logits, model(images).logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
+def test_attention_biases_are_a_setting():
+    assert make_model(qkv_bias=False).dart.layers[0].attention.q_proj.bias is None
+    assert make_model().dart.layers[0].attention.q_proj.bias is not None
+
+
+def test_regions_stay_out_of_the_trainers_predictions(tmp_path):
+    class AsksForRegionsForImageClassification(DartForImageClassification):
+        def forward(self, pixel_values, labels=None):
+            return super().forward(pixel_values, labels, output_regions=True)
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    prediction = Trainer(AsksForRegionsForImageClassification(make_config(num_labels=4)), arguments).predict(Corners())
+    assert prediction.predictions.shape == (16, 4)
+
+
+def test_attention_by_flex_attention():
+    model = make_model()
+    expected = model(pixels()).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trunk_with_missing_weights_is_not_taken_for_loaded(tmp_path):
+    model = make_model(scorer="mobilenet_v3_small")
+    model.scorer.trunk_loaded.fill_(1)
+    model.save_pretrained(tmp_path)
+    DartForImageClassification.from_pretrained(tmp_path).require_scorer_weights()
+    other = DartForImageClassification.from_pretrained(
+        tmp_path, scorer="mobilenet_v3_large", ignore_mismatched_sizes=True
+    )
+    with pytest.raises(ValueError, match="The scorer is dead"):
+        other.require_scorer_weights()
+
+
+def test_trunks_with_computed_buffers_survive_loading(tmp_path):
+    model = make_model(scorer="timm/swin_tiny_patch4_window7_224", image_size=56)
+    model.save_pretrained(tmp_path)
+    loaded = DartForImageClassification.from_pretrained(tmp_path)
+    expected, found = dict(model.scorer.trunk.named_buffers()), dict(loaded.scorer.trunk.named_buffers())
+    assert any("relative_position_index" in name for name in expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_refused_grid_budget_changes_nothing():
+    model = make_model(partition="grid").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fill"):
+        model(pixels(), num_patches=13)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,6 +1,7 @@
 """Partition: what must hold for every score grid, budget and image size."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dart_hf.modeling.region_partition import (
     Regions,
     band_weights,
     bands_for_budget,
+    check_grid_budget,
     density,
     flow_regions,
     grid_regions,
@@ -21,26 +23,33 @@ from dart_hf.modeling.region_partition import (
 )
 
 SPECIAL_SCORES = {
-    "constant": lambda grid: torch.full_like(grid, 0.3),
-    "zeros": torch.zeros_like,
-    "one_hot": lambda grid: torch.zeros_like(grid).index_put(
-        (torch.tensor(0),) * 3, torch.tensor(1.0, dtype=grid.dtype)
-    ),
-    "huge": lambda grid: grid * torch.finfo(grid.dtype).max / 2,
-    "tiny": lambda grid: grid * torch.finfo(grid.dtype).tiny,
-    "nan": lambda grid: grid.index_put((torch.tensor(0),) * 3, torch.tensor(math.nan, dtype=grid.dtype)),
-    "infinite": lambda grid: grid.index_put((torch.tensor(0),) * 3, torch.tensor(math.inf, dtype=grid.dtype)),
-    "minus_infinite": lambda grid: grid.index_put((torch.tensor(0),) * 3, torch.tensor(-math.inf, dtype=grid.dtype)),
-    "negative": lambda grid: grid - 0.5,
-    "arbitrary": lambda grid: grid,
-    "spiky": lambda grid: grid**30,
+    "constant": lambda grid, cell: torch.full_like(grid, 0.3),
+    "zeros": lambda grid, cell: torch.zeros_like(grid),
+    "one_hot": lambda grid, cell: with_cell(torch.zeros_like(grid), cell, 1.0),
+    "huge": lambda grid, cell: grid * torch.finfo(grid.dtype).max / 2,
+    "tiny": lambda grid, cell: grid * torch.finfo(grid.dtype).tiny,
+    "nan": lambda grid, cell: with_cell(grid, cell, math.nan),
+    "infinite": lambda grid, cell: with_cell(grid, cell, math.inf),
+    "minus_infinite": lambda grid, cell: with_cell(grid, cell, -math.inf),
+    "negative": lambda grid, cell: grid - 0.5,
+    "arbitrary": lambda grid, cell: grid,
+    "spiky": lambda grid, cell: grid**30,
 }
 
 
-def draw_scores(kind: str, seed: int, grid_size: int, dtype: torch.dtype) -> torch.Tensor:
+def with_cell(grid: torch.Tensor, cell: int, value: float) -> torch.Tensor:
+    """`value` in one cell of every image; -1 is the last cell."""
+    grid = grid.clone()
+    grid.flatten(1)[:, cell] = value
+    return grid
+
+
+def draw_scores(kind: str, seed: int, grid_size: int, dtype: torch.dtype, cell: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     grid = torch.rand(2, grid_size, grid_size, generator=generator, dtype=torch.float64)
-    return SPECIAL_SCORES[kind](grid.to(dtype))
+    scores = grid.to(dtype)
+    # The second image is arbitrary in every case, so that what one image does to another shows.
+    return torch.cat([SPECIAL_SCORES[kind](scores[:1], cell % grid_size**2), scores[1:]])
 
 
 @st.composite
@@ -49,9 +58,9 @@ def cases(draw, partitions=("flow", "grid", "uniform")):
     partition = draw(st.sampled_from(partitions))
     height, width = draw(st.integers(1, 300)), draw(st.integers(1, 300))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    scores = draw_scores(
-        draw(st.sampled_from(list(SPECIAL_SCORES))), draw(st.integers(0, 99)), draw(st.integers(1, 16)), dtype
-    )
+    kind, seed = draw(st.sampled_from(list(SPECIAL_SCORES))), draw(st.integers(0, 99))
+    grid_size, cell = draw(st.integers(1, 16)), draw(st.integers(-1, 255))
+    scores = draw_scores(kind, seed, grid_size, dtype, cell)
     num_patches = draw(st.integers(1, 120))
     if partition == "grid":
         assume(num_patches % bands_for_budget(num_patches, height, width) == 0)
@@ -114,7 +123,7 @@ def test_gradients_are_finite(case):
 )
 def test_scores_that_say_nothing_give_the_uniform_partition_of_that_image_alone(case, kind):
     partition, scores, num_patches, height, width = case
-    useless = SPECIAL_SCORES[kind](torch.rand(1, *scores.shape[1:], dtype=scores.dtype))
+    useless = SPECIAL_SCORES[kind](torch.rand(1, *scores.shape[1:], dtype=scores.dtype), -1)
     uniform = uniform_regions(useless, num_patches, height, width)
     mixed = PARTITIONS[partition](torch.cat([scores, useless]), num_patches, height, width)
     alone = PARTITIONS[partition](scores, num_patches, height, width)
@@ -232,6 +241,16 @@ def test_a_grid_budget_that_does_not_factor_names_the_nearest(num_patches, heigh
         grid_regions(torch.rand(1, 14, 14), num_patches, height, width)
     for budget in nearest.split(" and "):
         grid_regions(torch.rand(1, 14, 14), int(budget), height, width)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 400))
+def test_every_other_grid_budget_is_refused_with_budgets_that_fit(num_patches, height, width):
+    assume(num_patches % bands_for_budget(num_patches, height, width) != 0)
+    with pytest.raises(ValueError, match="nearest budgets") as caught:
+        check_grid_budget(num_patches, height, width)
+    for budget in re.findall(r"\d+", str(caught.value).partition("that do are")[2]):
+        check_grid_budget(int(budget), height, width)
 
 
 def test_the_published_first_edge_is_a_setting_of_grid_alone():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import multiprocessing as mp
 
 from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
-from dart_hf.modeling.region_scorer import RegionScorer, ScoreStatistics, batch_moments, build_trunk, image_moments
+from dart_hf.modeling.region_scorer import RegionScorer, ScoreStatistics, build_trunk, image_moments
 
 
 def make_scorer(**settings) -> RegionScorer:
@@ -35,15 +35,40 @@ def warnings_of(caplog):
 @pytest.mark.parametrize("head", ["v1", "v2"])
 @pytest.mark.parametrize("scorer", [*TORCHVISION_TRUNKS, "conv", "timm/resnet10t", "timm/swin_tiny_patch4_window7_224"])
 def test_every_trunk_scores_a_grid(scorer, head):
-    model = make_scorer(scorer=scorer, scorer_head=head).eval()
+    model = make_scorer(scorer=scorer, scorer_head=head, image_size=224)
+    # Random BatchNorm statistics let features vanish; those of a batch do not.
+    model.train()
+    model.trunk.train()
     with torch.no_grad():
         pixels = torch.randn(2, 3, 224, 224)
-        features = model.features(pixels)
+        features = model.trunk(pixels)
         scores = model(pixels)
     assert features.shape[1] == build_trunk(model.config)[1]
     assert scores.shape == (2, 14, 14)
     assert scores.isfinite().all()
-    assert scores.flatten(1).std(dim=1).min() > 0 or model.is_dead
+    assert scores.flatten(1).std(dim=1).min() > 0.01
+
+
+@pytest.mark.parametrize("size", [(7, 7), (20, 28), (1, 3)])
+def test_scores_are_resized_bilinearly(size):
+    """Against the rule written out: cell centres align, borders repeat."""
+    model = make_scorer(score_normalization="image", score_grid_size=5).double().eval()
+    logits = torch.randn(1, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model.head.forward = lambda features: logits
+    model.head.squash = lambda standardized: standardized
+
+    def weights(cells: int) -> torch.Tensor:
+        matrix = torch.zeros(5, cells, dtype=torch.float64)
+        for target in range(5):
+            position = max((target + 0.5) * cells / 5 - 0.5, 0)
+            low = min(int(position), cells - 1)
+            matrix[target, low] += 1 - (position - low)
+            matrix[target, min(low + 1, cells - 1)] += position - low
+        return matrix
+
+    resized = weights(size[0]) @ logits[0] @ weights(size[1]).T
+    expected = (resized - resized.mean()) / (resized.std() + 1e-8)
+    torch.testing.assert_close(model(torch.zeros(1, 3, 32, 32, dtype=torch.float64))[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +166,22 @@ def test_running_without_statistics_uses_the_image_and_says_so_once(warnings_of)
     assert len(warnings_of()) == 1
 
 
+def test_each_warning_comes_whatever_came_before(warnings_of):
+    for order in (["batch", "running"], ["running", "batch"]):
+        said = len(warnings_of())
+        statistics = ScoreStatistics().eval()
+        for normalization in order:
+            statistics(grids(2), normalization)
+        assert len(warnings_of()) == said + 2
+
+
+def test_training_under_the_published_rule_keeps_statistics():
+    statistics = ScoreStatistics().double().train()
+    statistics(grids(), "batch")
+    torch.testing.assert_close(statistics.running_var, grids().var())
+    assert statistics.num_batches_tracked == 1
+
+
 def test_batch_normalization_warns_once_and_only_for_several_images(warnings_of):
     statistics = ScoreStatistics().eval()
     statistics(grids(1), "batch")
@@ -183,39 +224,63 @@ def test_statistics_keep_their_precision():
     assert statistics.double().running_mean.dtype == torch.float64
 
 
-def _moments_of_one_process(rank: int, port: int, logits: torch.Tensor, results) -> None:
+def _one_of_two_processes(rank: int, port: int, logits: torch.Tensor, results) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mine = logits[rank * 3 : rank * 3 + 3].clone().requires_grad_(True)
-    usable = mine.detach().isfinite().all(dim=(1, 2), keepdim=True)
-    mean, variance = batch_moments(torch.where(usable, mine, 0), usable)
-    (gradient,) = torch.autograd.grad((mean * variance).sum(), mine)
-    results[rank] = (mean.detach(), variance.detach(), gradient)
+    statistics = ScoreStatistics().double()
+    weights = torch.arange(48, dtype=torch.float64).view(3, 4, 4)
+    found = statistics(mine, "running")
+    (gradient,) = torch.autograd.grad((found * weights).sum(), mine)
+    # Of the second process no image is usable here: it must come to the same statistics as the first.
+    lonely = statistics(logits[:3] if rank == 0 else torch.full_like(mine, math.nan), "running")
+    kept = {name: value.clone() for name, value in statistics.state_dict().items()}
+    # In evaluation a process may be alone: this would wait for ever if it asked the other one.
+    alone = statistics.eval()(logits[:3], "batch") if rank == 0 else None
+    results[rank] = (found.detach(), gradient, lonely.detach(), kept, alone)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_batch_moments_run_over_all_processes():
+def test_training_standardises_over_all_processes_and_evaluation_does_not():
     logits = grids(6)
     logits[4, 0, 0] = math.nan  # of the second process: it counts fewer images than the first
-    keep = torch.tensor([0, 1, 2, 3, 5])
+    usable = torch.tensor([0, 1, 2, 3, 5])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_moments_of_one_process, args=(port, logits, results), nprocs=2)
-        results = dict(results)
-    whole = logits[keep].requires_grad_(True)
-    mean, variance = batch_moments(whole, torch.ones(5, 1, 1, dtype=torch.bool))
-    torch.testing.assert_close(mean.flatten(), whole.mean().view(1))
-    torch.testing.assert_close(variance.flatten(), whole.var().view(1))
-    # Each process takes the gradient of its own copy of the result; the two copies' gradients add up.
-    (gradient,) = torch.autograd.grad(2 * (mean * variance).sum(), whole)
-    for rank in (0, 1):
-        torch.testing.assert_close(results[rank][0], mean.detach())
-        torch.testing.assert_close(results[rank][1], variance.detach())
-    found = torch.cat([results[0][2], results[1][2]])
-    torch.testing.assert_close(found[keep], gradient)
-    assert (found[4] == 0).all()
+        mp.spawn(_one_of_two_processes, args=(port, logits, results), nprocs=2)
+        first, second = results[0], results[1]
+
+    single = ScoreStatistics().double()
+    whole = logits.clone().requires_grad_(True)
+    expected = single(whole, "running")
+    weights = torch.arange(48, dtype=torch.float64).view(3, 4, 4).repeat(2, 1, 1)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), whole)
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), expected.detach())
+    torch.testing.assert_close(torch.cat([first[1], second[1]])[usable], gradient[usable])
+
+    torch.testing.assert_close(first[2], single(logits[:3], "running"))
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(first[3][name], value)
+        torch.testing.assert_close(second[3][name], value)
+    torch.testing.assert_close(first[4], ScoreStatistics().eval()(logits[:3], "batch"))
+
+
+def test_distributed_training_compiles_as_one_graph():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    try:
+        statistics = ScoreStatistics().double()
+        logits = grids().requires_grad_(True)
+        compiled = torch.compile(statistics, fullgraph=True, backend="aot_eager")
+        found = compiled(logits, "running")
+        found.square().sum().backward()
+        assert logits.grad.isfinite().all()
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.compiler.reset()
 
 
 def test_image_moments_of_a_single_cell():
@@ -347,6 +412,23 @@ class WritesAFile:
 
     def __reduce__(self):
         return type(self.path).touch, (self.path,)
+
+
+def test_timm_weights_from_the_library(monkeypatch):
+    plain = timm.create_model("resnet10t", pretrained=False, features_only=True, out_indices=(-1,))
+    model = make_scorer(scorer="timm/resnet10t")
+    asked = []
+
+    def create(name, pretrained, **options):
+        asked.append((name, pretrained))
+        return plain
+
+    monkeypatch.setattr(timm, "create_model", create)
+    model.load_pretrained_trunk()
+    assert asked == [("resnet10t", True)]
+    assert not model.is_dead
+    for name, value in plain.state_dict().items():
+        assert torch.equal(model.trunk.model.state_dict()[name], value)
 
 
 def test_unsuitable_weights_are_refused_and_change_nothing(tmp_path):
