@@ -4,14 +4,17 @@ The default is the transform that the published checkpoints were evaluated with:
 central 448×448, values to [0, 1], ImageNet mean and standard deviation.
 """
 
+import base64
+import io
 import math
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -22,12 +25,12 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    load_image,
 )
 
 # A strip of 2×5,000 pixels would become 512×1,280,000 before its central 448 are cropped. What lies outside this many
 # times the crop is cut off first.
 LONGEST_ASPECT = 32
+DOWNLOAD_SECONDS = 30
 
 
 class DartImageProcessor(TorchvisionBackend):
@@ -114,6 +117,8 @@ class DartImageProcessor(TorchvisionBackend):
         disable_grouping: bool | None,
         **kwargs: Any,
     ) -> BatchFeature:
+        if do_center_crop and not (crop_size and crop_size.height and crop_size.width):
+            raise ValueError(f"crop_size must have a height and a width, got {dict(crop_size or {})}.")
         if do_resize and do_center_crop and size.shortest_edge and not size.longest_edge:
             images = [_trim(image, size.shortest_edge, max(crop_size.height, crop_size.width)) for image in images]
         # Images of one size are stacked, and 8-bit images in one stack with others would be resized without rounding.
@@ -155,20 +160,29 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: The file cannot be read as an image.
+        OSError: The file or what is at the URL cannot be had or read as an image.
     """
     path = os.fspath(path)
-    if path.startswith(("http://", "https://", "data:image/")):
-        return load_image(path)
+    try:
+        with Image.open(_content(path)) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        shown = path if len(path) <= 100 else f"{path[:100]}…"
+        raise OSError(f"Cannot read {shown!r} as an image: {error}") from error
+
+
+def _content(path: str) -> str | io.BytesIO:
+    """What PIL can open: the path of a file, or the bytes at a URL."""
+    if path.startswith(("http://", "https://")):
+        with urlopen(path, timeout=DOWNLOAD_SECONDS) as answer:
+            return io.BytesIO(answer.read())
+    if path.startswith("data:image/"):
+        return io.BytesIO(base64.b64decode(path.partition(",")[2], validate=True))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no image file {path!r}.")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:
-        raise OSError(f"Cannot read {path!r}: it is no image of a known format.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"Cannot read {path!r}: {error}.") from error
+    return path
 
 
 def _flatten(images: Any) -> Iterator[Image.Image | np.ndarray | torch.Tensor]:

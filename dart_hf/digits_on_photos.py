@@ -1,0 +1,125 @@
+"""Handwritten digits pasted small onto photographs: real images that come with the installation, nothing is downloaded.
+
+The digits are scikit-learn's (1,797 scans of 8×8 pixels), the photographs scikit-image's, darkened so that the digit is
+the brightest thing around.
+"""
+
+import io
+from typing import Literal
+
+import numpy as np
+import skimage.data
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+# The photographs that are part of the scikit-image package itself; others would be downloaded.
+PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel", "rocket")
+PHOTOGRAPH_BRIGHTNESS = 0.5
+NUM_TEST_DIGITS = 360
+# How much of a pixel the pen must cover for it to count as part of the digit when the digit's box is drawn.
+STROKE = 0.25
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "label": ClassLabel(names=[str(digit) for digit in range(10)]),
+        "box": Sequence(Value("float32"), length=4),
+        "digit": Value("int32"),
+    }
+)
+
+
+def digits_on_photos(
+    split: Literal["train", "test"],
+    placements: int,
+    image_size: int = 112,
+    digit_sizes: tuple[int, int] = (28, 48),
+    seed: int = 0,
+) -> Dataset:
+    """Paste every digit of a split `placements` times, each time at another size and place of another photograph crop.
+
+    Train and test share no digit and no piece of photograph: training pictures are cut from the left halves of the
+    photographs, test pictures from the right halves. The same arguments give the same pictures.
+
+    Args:
+        split: `"train"` (1,437 digits) or `"test"` (360 digits, as many of every class as can be).
+        placements: How many pictures are made of each digit.
+        image_size: Side of the pictures in pixels.
+        digit_sizes: Smallest and largest side in pixels to which the 8×8 scan is enlarged.
+        seed: Of the placements. Which digits belong to which split does not depend on it.
+
+    Returns:
+        Columns `image` (RGB), `label` (0 to 9), `box` (the strokes of the digit: x0, y0, x1, y1 in pixels) and `digit`
+        (the number of the original scan).
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    if placements < 1:
+        raise ValueError(f"placements must be at least 1, got {placements}.")
+    smallest, largest = digit_sizes
+    if not 8 <= smallest <= largest <= image_size:
+        raise ValueError(
+            f"digit_sizes must be two growing numbers from 8 to image_size={image_size}, got {smallest} and {largest}."
+        )
+    scans = load_digits()
+    photographs = [_half_photograph(name, split, image_size) for name in PHOTOGRAPHS]
+    digits = np.tile(_digits_of_split(scans.target, split), placements)
+    rng = np.random.default_rng([seed, ("train", "test").index(split)])
+
+    images, boxes = [], []
+    for digit in digits:
+        pixels, box = _paste(scans.images[digit] / 16, photographs, image_size, digit_sizes, rng)
+        images.append({"bytes": _jpeg(pixels), "path": None})
+        boxes.append(box)
+    columns = {"image": images, "label": scans.target[digits], "box": boxes, "digit": digits}
+    return Dataset.from_dict(columns, features=FEATURES)
+
+
+def _digits_of_split(labels: np.ndarray, split: str) -> np.ndarray:
+    train, test = train_test_split(np.arange(len(labels)), test_size=NUM_TEST_DIGITS, stratify=labels, random_state=0)
+    return train if split == "train" else test
+
+
+def _half_photograph(name: str, split: str, image_size: int) -> np.ndarray:
+    """The split's half of a photograph, darkened, enlarged where a crop of `image_size` would not fit: (H, W, 3)."""
+    photograph = PILImage.fromarray(getattr(skimage.data, name)()).convert("RGB")
+    width, height = photograph.size
+    half = photograph.crop((0, 0, width // 2, height) if split == "train" else (width // 2, 0, width, height))
+    scale = max(1.0, image_size / min(half.size))
+    half = half.resize((round(half.width * scale), round(half.height * scale)), PILImage.Resampling.BICUBIC)
+    return (np.asarray(half) * PHOTOGRAPH_BRIGHTNESS).astype(np.uint8)
+
+
+def _paste(
+    scan: np.ndarray,
+    photographs: list[np.ndarray],
+    image_size: int,
+    digit_sizes: tuple[int, int],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, list[int]]:
+    """A picture (image_size, image_size, 3) with the scan (8, 8; 1 is ink) in white on it, and the digit's box."""
+    photograph = photographs[rng.integers(len(photographs))]
+    top, left = (rng.integers(side - image_size, endpoint=True) for side in photograph.shape[:2])
+    picture = photograph[top : top + image_size, left : left + image_size].copy()
+
+    side = int(rng.integers(*digit_sizes, endpoint=True))
+    enlarged = PILImage.fromarray((scan * 255).astype(np.uint8)).resize((side, side), PILImage.Resampling.BICUBIC)
+    ink = np.asarray(enlarged)[:, :, None] / 255
+    top, left = rng.integers(image_size - side, endpoint=True, size=2).tolist()
+    background = picture[top : top + side, left : left + side]
+    picture[top : top + side, left : left + side] = background + (255 - background) * ink
+
+    rows, columns, _ = np.nonzero(ink > STROKE)
+    box = [left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1]
+    return picture, [int(edge) for edge in box]
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()

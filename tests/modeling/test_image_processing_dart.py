@@ -1,0 +1,340 @@
+"""The image processor: the published transform, every kind of image that people have, clear words about bad ones."""
+
+import base64
+import http.server
+import io
+import subprocess
+import sys
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from torchvision import transforms
+from transformers import AutoImageProcessor
+
+from dart_hf import DartImageProcessor
+
+MEAN = torch.tensor(DartImageProcessor.image_mean)[:, None, None]
+STD = torch.tensor(DartImageProcessor.image_std)[:, None, None]
+
+published = transforms.Compose(
+    [
+        transforms.Resize(512, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(448),
+        transforms.ToTensor(),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def coffee() -> np.ndarray:
+    return data.coffee()  # 400 high, 600 wide, RGB
+
+
+@pytest.fixture
+def processor() -> DartImageProcessor:
+    return DartImageProcessor()
+
+
+def pixels(processor: DartImageProcessor, image, **settings) -> torch.Tensor:
+    return processor(image, return_tensors="pt", **settings).pixel_values[0]
+
+
+def levels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """pixel_values back in 0…255."""
+    return (pixel_values * STD + MEAN) * 255
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket", "retina"])
+def test_default_is_the_published_transform(processor, name):
+    image = Image.fromarray(getattr(data, name)())
+    difference = (levels(pixels(processor, image)) - 255 * published(image)).abs()
+    # Torchvision resizes 8-bit tensors and PIL images alike but for the rounding of their weights.
+    assert difference.max() < 2.01
+    assert difference.mean() < 0.01
+
+
+def test_every_kind_of_input_gives_the_same_pixels(processor, coffee, tmp_path):
+    path = tmp_path / "coffee.png"
+    Image.fromarray(coffee).save(path)
+    first = np.ascontiguousarray(coffee.transpose(2, 0, 1))
+    expected = pixels(processor, Image.fromarray(coffee))
+    for image in [
+        coffee,
+        first,
+        coffee[::-1][::-1],
+        coffee.astype(np.int64),
+        torch.from_numpy(coffee),
+        torch.from_numpy(first),
+        coffee[None],
+        [[path]],
+        str(path),
+        Image.open(path),
+    ]:
+        assert torch.equal(pixels(processor, image), expected)
+
+
+def test_a_read_only_array_is_nothing_to_warn_of(processor, coffee):
+    read_only = coffee.copy()
+    read_only.flags.writeable = False
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(pixels(processor, read_only), pixels(processor, coffee))
+    finally:
+        torch.set_warn_always(always)
+
+
+def test_a_batch_does_not_change_its_images(processor, coffee):
+    grey = coffee[:300, :300, 0]
+    images = [coffee, Image.fromarray(grey), grey.astype(np.uint16) * 257 + 3, coffee.astype(np.float32)]
+    for grouping in (None, False):
+        batch = processor(images, return_tensors="pt", disable_grouping=grouping).pixel_values
+        for alone, together in zip(images, batch, strict=True):
+            torch.testing.assert_close(pixels(processor, alone), together, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_becomes_rgb(processor, coffee, mode):
+    image = Image.fromarray(coffee).convert("P" if mode == "PA" else mode).convert(mode)
+    assert torch.equal(pixels(processor, image), pixels(processor, image.convert("RGB")))
+
+
+def transparent_palette() -> Image.Image:
+    image = Image.new("P", (40, 40), 0)
+    image.putpalette([200, 0, 0])
+    image.info["transparency"] = 0
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "settings", "level"),
+    [
+        (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), {}, 255),
+        (Image.new("RGBA", (40, 40), (0, 0, 0, 51)), {}, 204),
+        (Image.new("LA", (40, 40), (0, 51)), {}, 204),
+        (transparent_palette(), {}, 255),
+        (np.full((40, 40, 4), [0, 0, 0, 51], dtype=np.uint8), {}, 204),
+        (np.full((40, 40, 2), [0, 51], dtype=np.uint8), {}, 204),
+        (np.full((40, 40, 4), [0, 0, 0, 51 * 257], dtype=np.uint16), {}, 204),
+        (np.full((40, 40, 4), [0, 0, 0, 51.0]), {}, 204),
+        (np.full((40, 40, 4), [0, 0, 0, 0.2]), {"do_rescale": False}, 204),
+    ],
+)
+def test_transparency_is_shown_on_white(processor, image, settings, level):
+    torch.testing.assert_close(
+        levels(pixels(processor, image, **settings)), torch.full((3, 448, 448), float(level)), rtol=0, atol=1e-3
+    )
+
+
+def test_sixteen_bits_are_scaled_by_their_own_range(processor, coffee, tmp_path):
+    grey = coffee[..., 0]
+    sixteen = grey.astype(np.uint16) * 257
+    path = tmp_path / "sixteen.png"
+    Image.fromarray(sixteen).save(path)
+    expected = pixels(processor, grey.astype(np.float32))
+    for image in [sixteen, sixteen.astype(">u2"), torch.from_numpy(sixteen), Image.fromarray(sixteen), path]:
+        torch.testing.assert_close(pixels(processor, image), expected, rtol=0, atol=1e-5)
+
+
+def test_sixteen_bits_keep_their_precision(processor):
+    dark, less_dark = (pixels(processor, np.full((32, 32), value, np.uint16)) for value in (1000, 1001))
+    torch.testing.assert_close((less_dark - dark) * STD, torch.full((3, 448, 448), 1 / 65535), rtol=0.01, atol=0)
+
+
+def test_a_rescale_factor_of_ones_own_is_applied_as_it_is(processor):
+    image = np.full((32, 32), 4095, np.uint16)
+    torch.testing.assert_close(
+        levels(pixels(processor, image, rescale_factor=1 / 4095)), torch.full((3, 448, 448), 255.0)
+    )
+
+
+def test_floating_point_and_eight_bits_agree(processor, coffee):
+    expected = levels(pixels(processor, coffee))
+    for image, settings in [(coffee.astype(np.float64), {}), (torch.from_numpy(coffee / 255), {"do_rescale": False})]:
+        # Eight bits are rounded, and clipped between the two passes of the resizing.
+        difference = (levels(pixels(processor, image, **settings)) - expected).abs()
+        assert difference.mean() < 0.5
+        assert difference.max() < 15
+
+
+@pytest.mark.parametrize(("white", "settings"), [(255.0, {}), (1.0, {"do_rescale": False})])
+def test_floating_point_does_not_overshoot(processor, white, settings):
+    checkers = np.kron(np.indices((8, 8)).sum(0) % 2, np.ones((8, 8))) * white
+    result = levels(pixels(processor, checkers, **settings))
+    assert result.min() > -0.01
+    assert result.max() < 255.01
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 500), (500, 2), (1, 600)])
+def test_tiny_and_thin_images_come_out_as_published(processor, coffee, size):
+    image = Image.fromarray(coffee).resize(size[::-1])
+    assert image.size == size[::-1]
+    difference = (levels(pixels(processor, image)) - 255 * published(image)).abs()
+    assert difference.max() < 2.01
+
+
+def test_a_very_thin_image_does_not_need_its_resized_size_in_memory(processor):
+    # Resized as a whole this would be 512 × 170,666,666.
+    assert pixels(processor, np.zeros((3, 1_000_000, 3), np.uint8)).shape == (3, 448, 448)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((1, 1, 3), 2), ((3, 1, 1), 0), ((1, 4, 3), 2), ((4, 4, 3), 2), ((3, 4, 4), 0)]
+)
+def test_an_ambiguous_shape_has_three_channels(processor, shape, channels):
+    image = np.zeros(shape, np.uint8)
+    np.moveaxis(image, channels, -1)[:] = [10, 20, 30]
+    torch.testing.assert_close(levels(pixels(processor, image)).mean(dim=(1, 2)), torch.tensor([10.0, 20.0, 30.0]))
+
+
+def test_input_data_format_overrules_the_guess(processor):
+    image = np.array([[[10, 20, 30]]], np.uint8)
+    assert torch.unique(pixels(processor, image)).numel() == 3
+    grey = levels(pixels(processor, image, input_data_format="channels_first"))
+    torch.testing.assert_close(grey[0], grey[2], rtol=0, atol=1e-3)
+
+
+def test_channels_stay_without_conversion(processor):
+    image = np.zeros((20, 20, 4), np.uint8)
+    settings = {"do_convert_rgb": False, "image_mean": [0.0] * 4, "image_std": [1.0] * 4}
+    assert pixels(processor, image, input_data_format="channels_last", **settings).shape == (4, 448, 448)
+
+
+def with_pixel(value: float) -> np.ndarray:
+    image = np.full((8, 8, 3), 100.0)
+    image[3, 4, 1] = value
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "settings", "sentence"),
+    [
+        (with_pixel(np.nan), {}, "NaN or infinite"),
+        (torch.from_numpy(with_pixel(np.inf)), {}, "NaN or infinite"),
+        (with_pixel(-np.inf), {"do_rescale": False, "do_normalize": False}, "NaN or infinite"),
+        (np.zeros((0, 9, 3), np.uint8), {}, "no pixels"),
+        (torch.zeros(3, 9, 0), {}, "no pixels"),
+        (Image.new("RGB", (0, 5)), {}, "no pixels"),
+        (np.zeros((9, 9, 5), np.uint8), {}, r"1 \(grey\).*got an array of shape \(9, 9, 5\)"),
+        (np.zeros((9, 3, 9), np.uint8), {}, r"got an array of shape \(9, 3, 9\)"),
+        (np.zeros((3, 9, 9), np.uint8), {"input_data_format": "channels_last"}, r"got an array of shape \(3, 9, 9\)"),
+        (np.zeros(9, np.uint8), {}, r"2 or 3 dimensions.*got \(9,\)"),
+        (np.zeros((1, 1, 9, 9, 3), np.uint8), {}, "2 or 3 dimensions"),
+        (np.zeros((9, 9), np.complex64), {}, "numbers, got dtype complex64"),
+        (None, {}, "got NoneType"),
+        ([[1, 2], [3, 4]], {}, "got int"),
+        ([], {}, "images is empty"),
+        (np.full((9, 9, 3), 0.5), {}, "do_rescale=False"),
+        (with_pixel(300), {}, "from 0 to 255, got 100 to 300"),
+        (with_pixel(-2), {"do_rescale": False}, "from 0 to 1, got -2 to 100"),
+        (np.full((9, 9), 256, np.int32), {}, "from 0 to 255, got 256 to 256"),
+        (np.full((9, 9), 256, np.uint16), {"do_rescale": False}, "from 0 to 1, got 256"),
+        (np.zeros((9, 9), np.uint8), {"crop_size": {"shortest_edge": 8}}, "crop_size must have a height and a width"),
+    ],
+)
+def test_bad_images_are_refused_in_one_sentence(processor, image, settings, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        processor(image, return_tensors="pt", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_named(processor, coffee, tmp_path):
+    whole, half, text = tmp_path / "whole.jpg", tmp_path / "half.jpg", tmp_path / "text.png"
+    Image.fromarray(coffee).save(whole)
+    half.write_bytes(whole.read_bytes()[:5000])
+    text.write_text("not an image")
+    for path in (half, text):
+        with pytest.raises(OSError, match=f"Cannot read .*{path.name}"):
+            processor(path)
+    with pytest.raises(OSError, match=r"Cannot read .*half\.jpg.*truncated"):
+        processor(Image.open(half))
+    for path in (tmp_path / "none.jpg", tmp_path):
+        with pytest.raises(FileNotFoundError, match="There is no image file"):
+            processor(path)
+
+
+def test_files_are_read_upright(processor, coffee, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    path = tmp_path / "turned.png"
+    Image.fromarray(coffee).save(path, exif=exif)
+    assert torch.equal(pixels(processor, path), pixels(processor, np.rot90(coffee, -1)))
+
+
+def test_settings_survive_saving(tmp_path):
+    saved = DartImageProcessor(size=112, crop_size=96, do_convert_rgb=False)
+    saved.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is DartImageProcessor
+    assert loaded.to_dict() == saved.to_dict()
+    assert dict(loaded.size) == {"shortest_edge": 112}
+    assert dict(loaded.crop_size) == {"height": 96, "width": 96}
+
+
+def test_loads_where_dart_hf_is_not_installed(processor, coffee, tmp_path):
+    processor.save_pretrained(tmp_path / "saved")
+    np.save(tmp_path / "image.npy", coffee)
+    script = """
+import sys
+sys.modules["dart_hf"] = None  # importing it fails from here on
+import numpy as np
+from transformers import AutoImageProcessor
+processor = AutoImageProcessor.from_pretrained("saved", trust_remote_code=True)
+np.save("pixels.npy", processor(np.load("image.npy"), return_tensors="np").pixel_values[0])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, capture_output=True, timeout=300)
+    assert np.array_equal(np.load(tmp_path / "pixels.npy"), pixels(processor, coffee).numpy())
+
+
+class _Pictures(http.server.BaseHTTPRequestHandler):
+    """Answers every request for picture.png, and nothing else."""
+
+    content = b""
+
+    def do_GET(self):
+        found = self.path == "/picture.png"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(self.content if found else b"")
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def transparent_png() -> bytes:
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_picture_is_the_same_from_a_file_and_from_urls(transparent_png, tmp_path):
+    (tmp_path / "picture.png").write_bytes(transparent_png)
+    processor = DartImageProcessor()
+    expected = processor(tmp_path / "picture.png", return_tensors="pt").pixel_values
+    data_url = f"data:image/png;base64,{base64.b64encode(transparent_png).decode()}"
+    assert torch.equal(processor(data_url, return_tensors="pt").pixel_values, expected)
+
+    handler = type("Handler", (_Pictures,), {"content": transparent_png})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert torch.equal(processor(f"{address}/picture.png", return_tensors="pt").pixel_values, expected)
+        with pytest.raises(OSError, match=r"Cannot read .*other\.png' as an image: .*404"):
+            processor(f"{address}/other.png", return_tensors="pt")
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(OSError, match=r"Cannot read 'http://127\.0\.0\.1"):
+        processor(f"{address}/picture.png", return_tensors="pt")
+    with pytest.raises(OSError, match="Cannot read 'data:image/png;base64,"):
+        processor("data:image/png;base64,???", return_tensors="pt")
