@@ -151,7 +151,7 @@ class DartPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, RegionScorer):
-            # Its trunk is left as its library makes it.
+            module.initialize_trunk()
             init.zeros_(module.trunk_loaded)
         elif isinstance(module, ScoreStatistics):
             init.zeros_(module.running_mean)
@@ -173,6 +173,7 @@ class DartPreTrainedModel(PreTrainedModel):
         cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> "DartPreTrainedModel | tuple[DartPreTrainedModel, dict[str, Any]]":
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # `_init_weights` is not called for a scorer whose own buffers were loaded.
         trunk = "tokenizer.scorer.trunk."
         absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         model.scorer.initialize_missing_weights({name.partition(trunk)[2] for name in absent if trunk in name})

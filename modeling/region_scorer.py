@@ -124,11 +124,17 @@ class RegionScorer(nn.Module):
         self.trunk.load_state_dict(weights)
         self.trunk_loaded.fill_(1)
 
+    def initialize_trunk(self) -> None:
+        """Leave a trunk as its own library makes it, or make it so where it was built without memory."""
+        if self._built_on_meta:
+            tensors = self.trunk.state_dict(keep_vars=True)
+            self.initialize_missing_weights(
+                {name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)}
+            )
+
     @torch.no_grad()
     def initialize_missing_weights(self, missing: Collection[str]) -> None:
-        """After `from_pretrained`, initialise as the trunk's own library does what no checkpoint holds.
-
-        transformers' own initialisation would not know how.
+        """Initialise as the trunk's own library does what no checkpoint has given the trunk.
 
         Args:
             missing: Names of the trunk's tensors that were not loaded.
