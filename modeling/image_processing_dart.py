@@ -66,6 +66,11 @@ class DartImageProcessor(TorchvisionBackend):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
 
+    def to_dict(self) -> dict[str, Any]:
+        # A pipeline also looks for a video processor. Unless a type is named it takes this class's remote code for one,
+        # and asks whether to trust that even where this package is installed.
+        return {**super().to_dict(), "video_processor_type": "none"}
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read what is a path or URL; leave everything else as it is."""
         if isinstance(image_url_or_urls, (list, tuple)):
