@@ -1,0 +1,235 @@
+"""What runs in transformers' suites: our classes and, as the control, transformers' own ViT, by the same code."""
+
+import unittest
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers.testing_utils import torch_device
+
+from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
+
+from .suites import Suites
+
+IMAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One architecture's classes.
+
+    Args:
+        image_processors: Image processor class per backend, the one that a checkpoint names first.
+        settings: Of a configuration small enough for the suites.
+        num_tokens: That such a model has, the class token counted.
+        batching_tolerance: By how much an image's float32 results may differ alone and in a batch.
+    """
+
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    classifier_class: type[PreTrainedModel]
+    image_processors: dict[str, type]
+    settings: dict[str, Any]
+    num_tokens: int
+    batching_tolerance: float = 1e-5
+
+    @property
+    def model_type(self) -> str:
+        return self.config_class.model_type
+
+    @property
+    def model_classes(self) -> tuple[type[PreTrainedModel], ...]:
+        return self.model_class, self.classifier_class
+
+    @property
+    def image_processor_class(self) -> type:
+        return next(iter(self.image_processors.values()))
+
+    def config(self, **overrides: Any) -> PreTrainedConfig:
+        return self.config_class(**{**self.settings, **overrides})
+
+    def save_tiny_models(self, folder: Path) -> dict[str, Any]:
+        """Save a tiny model per class, as transformers keeps them, and return their entries in its summary of them."""
+        processor = self.image_processor_class(**image_processor_settings(self))
+        for model_class in self.model_classes:
+            # The layout by which the pipeline suite finds the models of a local folder.
+            target = folder / self.model_type / model_class.__name__
+            model_class(self.config()).save_pretrained(target)
+            processor.save_pretrained(target)
+        entry = {"tokenizer_classes": [], "processor_classes": [self.image_processor_class.__name__]}
+        return {model_class.__name__: entry for model_class in self.model_classes}
+
+
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "num_labels": 3,
+}
+OURS = Subject(
+    config_class=DartConfig,
+    model_class=DartModel,
+    classifier_class=DartForImageClassification,
+    image_processors={"torchvision": DartImageProcessor},
+    settings={**ENCODER, "num_patches": 10, "score_grid_size": 4, "scorer": "conv"},
+    num_tokens=11,
+    # The rounding of a score moves an edge, and with it what the patches on noise see: by 5e-5 in 60 trials.
+    batching_tolerance=5e-4,
+)
+CONTROL = Subject(
+    config_class=ViTConfig,
+    model_class=ViTModel,
+    classifier_class=ViTForImageClassification,
+    image_processors={
+        "torchvision": transformers.ViTImageProcessor,
+        "pil": transformers.ViTImageProcessorPil,
+    },
+    settings=ENCODER,
+    num_tokens=17,
+)
+
+
+def image_processor_settings(subject: Subject) -> dict[str, Any]:
+    """Settings that make pictures of `IMAGE_SIZE` pixels, whatever else the image processor does."""
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    shared = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "do_resize": True, "do_normalize": True}
+    if getattr(subject.image_processor_class, "do_center_crop", None):
+        return {**shared, "size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": side}
+    return {**shared, "size": side}
+
+
+class ModelTester:
+    """Settings and inputs for the modeling, pipeline and training suites, under the names that they ask for."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.batch_size = 5
+        self.seq_length = subject.num_tokens
+        self.is_training = True
+        self.sequence_classification_class = subject.classifier_class
+        # Of masked image modeling, which the ViT's forward has an argument for.
+        self.num_masks = 3
+        self.mask_length = self.seq_length - 1
+        for name, value in subject.settings.items():
+            setattr(self, name, value)
+
+    def get_config(self) -> PreTrainedConfig:
+        return self.subject.config()
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        pixel_values = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=torch_device)
+        return self.get_config(), {"pixel_values": pixel_values}
+
+
+class ImageProcessorTester:
+    """Settings and inputs for the image processing suite, under the names that it asks for."""
+
+    def __init__(self, subject: Subject, suites: Suites) -> None:
+        self.subject = subject
+        self.suites = suites
+        self.batch_size = 5
+        self.num_channels = 3
+
+    def prepare_image_processor_dict(self) -> dict[str, Any]:
+        return image_processor_settings(self.subject)
+
+    def prepare_image_inputs(self, **overrides: Any) -> list[Any]:
+        settings = {"batch_size": self.batch_size, "num_channels": self.num_channels}
+        settings |= {"min_resolution": 30, "max_resolution": 100}
+        return self.suites.image_processing.prepare_image_inputs(**{**settings, **overrides})
+
+    def prepare_processor_inputs(self, **overrides: Any) -> dict[str, Any]:
+        return {"images": self.prepare_image_inputs(**overrides)}
+
+    def expected_output_image_shape(self, images: list[Any]) -> tuple[int, int, int]:
+        return self.num_channels, IMAGE_SIZE, IMAGE_SIZE
+
+
+def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittest.TestCase]]:
+    """One test case per suite that puts a subject's classes into transformers' tests."""
+    modeling, pipelines, training = suites.modeling, suites.pipelines, suites.training
+
+    class ModelingTest(modeling.ModelTesterMixin, unittest.TestCase):
+        all_model_classes = subject.model_classes
+        # Vision transformers have no vocabulary to resize.
+        test_resize_embeddings = False
+        # Without this, the age of the configuration's file decides whether the test runs.
+        test_can_init_all_missing_weights_before_2023 = True
+
+        def setUp(self) -> None:
+            self.model_tester = ModelTester(subject)
+
+        def test_batching_equivalence(self) -> None:
+            super().test_batching_equivalence(atol=subject.batching_tolerance, rtol=subject.batching_tolerance)
+
+        def test_model_get_set_embeddings(self) -> None:
+            """In place of transformers' own, which asks for the `nn.Embedding` of a vocabulary."""
+            for model_class in self.all_model_classes:
+                model = model_class(self.model_tester.get_config())
+                self.assertIsInstance(model.get_input_embeddings(), nn.Module)
+                output = model.get_output_embeddings()
+                self.assertTrue(output is None or isinstance(output, nn.Linear))
+
+    class PipelineTest(pipelines.PipelineTesterMixin, unittest.TestCase):
+        pipeline_model_mapping = {
+            "image-feature-extraction": subject.model_class,
+            "image-classification": subject.classifier_class,
+        }
+
+        def setUp(self) -> None:
+            self.model_tester = ModelTester(subject)
+
+    class TrainingTest(training.TrainingTesterMixin, unittest.TestCase):
+        """The suite makes batches of text only; its two hooks for that make one of pictures here."""
+
+        all_model_classes = subject.model_classes
+        model_tester = None
+
+        def setUp(self) -> None:
+            self.model_tester = ModelTester(subject)
+            # Read and passed on to the hook below.
+            config = self.model_tester.get_config()
+            config.vocab_size = None
+            self.model_tester.get_config = lambda: config
+
+        def _get_model_modality(self) -> str:
+            return "text"
+
+        def _create_text_training_batch(self, batch_size: int, **others: Any) -> dict[str, torch.Tensor]:
+            pixel_values = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+            return {"pixel_values": pixel_values, "labels": torch.arange(batch_size) % subject.settings["num_labels"]}
+
+    class ConfigurationTest(unittest.TestCase):
+        def test_config(self) -> None:
+            settings = {name: value for name, value in subject.settings.items() if name != "num_labels"}
+            tester = suites.configuration.ConfigTester(
+                self, config_class=subject.config_class, has_text_modality=False, **settings
+            )
+            self.model_tester = ModelTester(subject)
+            tester.run_common_tests()
+
+    class ImageProcessingTest(suites.image_processing.ImageProcessingTestMixin, unittest.TestCase):
+        test_cast_dtype = True
+        image_processing_classes = subject.image_processors
+
+        def setUp(self) -> None:
+            self.image_processor_tester = ImageProcessorTester(subject, suites)
+
+        @property
+        def image_processor_dict(self) -> dict[str, Any]:
+            return self.image_processor_tester.prepare_image_processor_dict()
+
+    return {
+        "modeling": ModelingTest,
+        "pipelines": PipelineTest,
+        "training": TrainingTest,
+        "configuration": ConfigurationTest,
+        "image_processing": ImageProcessingTest,
+    }
