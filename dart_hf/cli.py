@@ -68,7 +68,7 @@ def dart_hf(
 @app.command(epilog="Example: dart-hf quickstart --output quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")] = Path("quickstart"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1400,
     num_patches: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens per picture.")] = 49,
     seed: Annotated[int, typer.Option(help="Of the pictures and the training.")] = 0,
 ) -> None:

@@ -25,13 +25,13 @@ LARGER = 4 / 3
 
 def run_quickstart(
     output: str | os.PathLike = "quickstart",
-    steps: int = 1000,
+    steps: int = 1400,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     image_size: int = 112,
     digit_sizes: tuple[int, int] = (28, 48),
     num_patches: int = 49,
-    train_placements: int = 24,
+    train_placements: int = 20,
     test_placements: int = 3,
     seed: int = 0,
     say: Callable[[str], None] = print,
