@@ -1,7 +1,7 @@
 """The command line: `dart-hf COMMAND`. Each command reads its options and calls the library.
 
-The library is imported inside the commands, so that `--help` does not wait for it. It raises ValueError and OSError for
-what its user can mend; here these become one line and exit code 2.
+The library raises ValueError and OSError for what its user can mend; here these become one line and exit code 2. What a
+command needs beyond the models is imported inside it.
 """
 
 import json
@@ -145,7 +145,7 @@ def visualize(
 
 
 def _check_files(paths: list[Path]) -> None:
-    """Find a wrong name before the library is loaded."""
+    """Find a wrong name before a model is loaded."""
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"There is no image file {str(path)!r}.")

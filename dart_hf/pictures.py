@@ -140,6 +140,8 @@ class _Places:
 
 def _shown_images(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """(B, C, H, W) or (C, H, W), normalised -> (B, H, W, C) in [0, 1]."""
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(f"pixel_values must be a tensor as the model got it, got {type(pixel_values).__name__}.")
     if pixel_values.ndim == 3:
         pixel_values = pixel_values[None]
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:

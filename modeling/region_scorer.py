@@ -108,6 +108,7 @@ class RegionScorer(nn.Module):
 
         Raises:
             FileNotFoundError: `source` does not exist.
+            OSError: The download failed.
             ValueError: The "conv" trunk has no pretrained weights; or the file lacks a tensor, or has it in another
                 shape.
         """
@@ -116,13 +117,23 @@ class RegionScorer(nn.Module):
             raise ValueError("scorer='conv' has no pretrained weights: it is trained with the model.")
         if source is not None:
             weights = self._select_trunk_weights(_read_state_dict(Path(source)), str(source))
-        elif name.startswith("timm/"):
-            weights = TimmTrunk(self.config, pretrained=True).state_dict()
         else:
-            library = torchvision.models.get_model_weights(name).DEFAULT
-            weights = self._select_trunk_weights(library.get_state_dict(progress=True, check_hash=True), str(library))
+            try:
+                weights = self._download_trunk_weights()
+            except OSError as error:
+                raise OSError(
+                    f"The ImageNet weights of scorer={name!r} could not be downloaded ({error}); give a local file: "
+                    "model.load_pretrained_scorer('weights.pth')."
+                ) from error
         self.trunk.load_state_dict(weights)
         self.trunk_loaded.fill_(1)
+
+    def _download_trunk_weights(self) -> dict[str, torch.Tensor]:
+        name = self.config.scorer
+        if name.startswith("timm/"):
+            return TimmTrunk(self.config, pretrained=True).state_dict()
+        library = torchvision.models.get_model_weights(name).DEFAULT
+        return self._select_trunk_weights(library.get_state_dict(progress=True, check_hash=True), str(library))
 
     def initialize_trunk(self) -> None:
         """Leave a trunk as its own library makes it, or make it so where it was built without memory."""

@@ -3,6 +3,7 @@
 import logging
 import math
 import socket
+from urllib.error import URLError
 
 import pytest
 import timm
@@ -412,6 +413,17 @@ class WritesAFile:
 
     def __reduce__(self):
         return type(self.path).touch, (self.path,)
+
+
+def test_a_failed_download_says_what_else_can_be_done(monkeypatch):
+    def download(url, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    model = make_scorer(scorer="mobilenet_v3_small")
+    with pytest.raises(OSError, match=r"could not be downloaded .*no route to host.*give a local file"):
+        model.load_pretrained_trunk()
+    assert model.is_dead
 
 
 def test_timm_weights_from_the_library(monkeypatch):
