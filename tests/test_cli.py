@@ -189,8 +189,8 @@ VISUALIZE = ["visualize", "cup.png", "--model", "model", "--output"]
     ("arguments", "words"),
     [
         (["predict", "none.png", "--model", "model"], "There is no image file 'none.png'"),
-        (["predict", "cup.png", "text.png", "--model", "model"], "'text.png': it is no image"),
-        (["predict", "half.png", "--model", "model"], "Cannot read 'half.png': image file is truncated"),
+        (["predict", "cup.png", "text.png", "--model", "model"], "Cannot read 'text.png' as an image"),
+        (["predict", "half.png", "--model", "model"], "Cannot read 'half.png' as an image: image file is truncated"),
         ([*PREDICT, "empty"], "'empty' holds no model: it has no config.json"),
         ([*PREDICT, "vit"], "'vit', not a DART model"),
         ([*PREDICT, "encoder"], "'encoder' has no classifier: it is DartModel"),
