@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     output, lines, models = tmp_path_factory.mktemp("quickstart") / "made", [], []
     make = dart_hf.quickstart.small_dart
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dart_hf.quickstart, "small_dart", lambda *args: models.append(make(*args)) or models[0])
+        patch.setattr(dart_hf.quickstart, "small_dart", lambda *args: models.append(make(*args)) or models[-1])
         results = run_quickstart(output, **SMALL, **PLACEMENTS, say=lines.append)
     return output, results, "\n".join(lines), models[0][0]
 
