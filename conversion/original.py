@@ -32,7 +32,8 @@ from timm.data import ImageNetInfo
 from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification
-from dart_hf.modeling.region_scorer import ScoreStatistics, build_trunk
+from dart_hf.modeling.region_scorer import ScoreStatistics
+from dart_hf.modeling.scorer_trunk import build_trunk
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -1,6 +1,6 @@
 """DART with a ViT (DeiT) encoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .region_partition import Regions
 from .region_sampling import sample_regions  # noqa: F401
 from .region_scorer import DEAD_SCORER, RegionScorer, ScoreStatistics
 from .region_tokenizer import RegionTokenizer
+from .scorer_trunk import build_trunk  # noqa: F401
 
 
 @dataclass
@@ -61,7 +62,10 @@ def eager_attention_forward(
 
 
 class DartAttention(nn.Module):
-    """Multi-head self-attention: (B, L, D) -> (B, L, D) and, from the eager implementation, its weights."""
+    """Multi-head self-attention: (B, L, D) -> (B, Q, D) and, from the eager implementation, its weights.
+
+    Q is L, or `num_queries`: then only the first tokens look at the others.
+    """
 
     def __init__(self, config: DartConfig) -> None:
         super().__init__()
@@ -76,19 +80,17 @@ class DartAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_and_length = hidden_states.shape[:-1]
-
         def split_heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
+            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
             self,
-            split_heads(self.q_proj(hidden_states)),
+            split_heads(self.q_proj(hidden_states[:, :num_queries])),
             split_heads(self.k_proj(hidden_states)),
             split_heads(self.v_proj(hidden_states)),
             None,
@@ -96,7 +98,7 @@ class DartAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*batch_and_length, -1)), weights
+        return self.o_proj(output.flatten(2)), weights
 
 
 class DartMLP(nn.Module):
@@ -122,9 +124,12 @@ class DartLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
+    def forward(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D), or the first `num_queries` tokens of that."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries, **kwargs)
+        hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.dropout(attended))
         transformed = self.mlp(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(self.dropout(transformed))
 
@@ -139,7 +144,7 @@ class DartPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RegionTokenizer", "DartLayer"]
-    _keep_in_fp32_modules_strict = ["statistics"]
+    _keep_in_fp32_modules_strict = ["scorer.head", "scorer.statistics"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -244,6 +249,7 @@ class DartModel(DartPreTrainedModel):
         pixel_values: torch.Tensor,
         num_patches: int | None = None,
         output_regions: bool = False,
+        class_token_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DartModelOutput:
         """Encode images.
@@ -252,10 +258,12 @@ class DartModel(DartPreTrainedModel):
             pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
             num_patches: Token budget N of this call; `config.num_patches` without it.
             output_regions: Whether to return where the tokens are.
+            class_token_only: Whether the last layer leaves out the other tokens, which are then missing from the
+                result. It saves most of that layer's work.
 
         Returns:
-            `last_hidden_state` (B, 1 + N, D), the class token first; `pooler_output` (B, D), the normalised class
-            token; `regions` on request.
+            `last_hidden_state` (B, 1 + N, D), the class token first, or (B, 1, D) with `class_token_only`;
+            `pooler_output` (B, D), the normalised class token; `regions` on request.
 
         Raises:
             ValueError: See [`RegionTokenizer.forward`].
@@ -264,8 +272,9 @@ class DartModel(DartPreTrainedModel):
         class_token = (self.cls_token.to(class_position.device) + class_position).expand(tokens.shape[0], -1, -1)
         hidden_states = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
         hidden_states = self.dropout(hidden_states)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layers[-1](hidden_states, num_queries=1 if class_token_only else None, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return DartModelOutput(
             last_hidden_state=hidden_states,
@@ -313,7 +322,11 @@ class DartForImageClassification(DartPreTrainedModel):
                 f"{pixel_values.shape[0]} images."
             )
         outputs: DartModelOutput = self.dart(
-            pixel_values, num_patches=num_patches, output_regions=output_regions, **kwargs
+            pixel_values,
+            num_patches=num_patches,
+            output_regions=output_regions,
+            class_token_only=not self._returns_more_than_logits(kwargs),
+            **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None
@@ -326,6 +339,11 @@ class DartForImageClassification(DartPreTrainedModel):
             attentions=outputs.attentions,
             regions=outputs.regions,
         )
+
+    def _returns_more_than_logits(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments asks for what every token has: hidden states or attentions."""
+        flags = (f"output_{name}" for name in self._can_record_outputs)
+        return any(kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
 
 
 __all__ = ["DartForImageClassification", "DartModel", "DartPreTrainedModel"]

@@ -3,6 +3,7 @@
 Pixel centres have integer coordinates."""
 
 import torch
+from torch.nn.functional import embedding_bag
 
 from .region_partition import Regions
 
@@ -36,12 +37,10 @@ def sample_bands(pixel_values: torch.Tensor, row_edges: torch.Tensor, patch_size
     rows = pixel_values.permute(0, 2, 3, 1).reshape(batch_size * height, width * num_channels)
     y = _positions(row_edges, patch_size)
     above = y.detach().floor().clamp(0, height - 1)
-    weight = (y - above).clamp(0, 1).to(rows.dtype)
+    weight = (y - above).clamp(0, 1)
     first = above.long() + torch.arange(batch_size, device=y.device)[:, None] * height
     second = first + (above < height - 1)
-    bands = torch.lerp(
-        rows.index_select(0, first.flatten()), rows.index_select(0, second.flatten()), weight.reshape(-1, 1)
-    )
+    bands = blend_rows(rows, torch.stack([first, second], dim=-1), torch.stack([1 - weight, weight], dim=-1))
     bands = bands.view(batch_size, -1, patch_size, width, num_channels).transpose(2, 3)
     return bands.reshape(batch_size, -1, patch_size * num_channels)
 
@@ -65,10 +64,27 @@ def sample_strip(strip: torch.Tensor, strip_edges: torch.Tensor, patch_size: int
     right_weight = right_weight * (left < length - 1)
     first = left.long() + torch.arange(batch_size, device=x.device)[:, None] * length
     second = first + (left < length - 1)
-    columns = strip.flatten(0, 1)
-    patches = columns.index_select(0, first.flatten()) * left_weight.to(strip.dtype).reshape(-1, 1)
-    patches = patches + columns.index_select(0, second.flatten()) * right_weight.to(strip.dtype).reshape(-1, 1)
-    return patches.view(batch_size, strip_edges.shape[1] - 1, -1)
+    indices, weights = torch.stack([first, second], dim=-1), torch.stack([left_weight, right_weight], dim=-1)
+    return blend_rows(strip.flatten(0, 1), indices, weights).view(batch_size, strip_edges.shape[1] - 1, -1)
+
+
+def blend_rows(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of pairs of rows.
+
+    Args:
+        table: (rows, F).
+        indices: (..., M, 2), integer: the two rows of each sum.
+        weights: (..., M, 2).
+
+    Returns:
+        (all of M, F), dtype of `table`.
+    """
+    indices, weights = indices.view(-1, 2), weights.view(-1, 2).to(table.dtype)
+    if table.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One pass forward, one backward, and nothing as large as the result is kept between them.
+        return embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+    first, second = (table.index_select(0, index) for index in indices.unbind(1))
+    return first * weights[:, :1] + second * weights[:, 1:]
 
 
 def patch_images(patches: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from safetensors import SafetensorError
@@ -13,27 +12,16 @@ from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.nn.functional import gelu, interpolate
 from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_dart import RegionTokenizerConfig
+from .scorer_trunk import TORCHVISION_LAYERS, TimmTrunk, build_trunk, run_frozen
 
 logger = logging.get_logger(__name__)
 
 STANDARDIZATION_EPSILON = 1e-8
 STATISTICS_MOMENTUM = 0.1
 HEAD_HIDDEN_SIZE = 96
-# (width, kernel size, stride) of each convolution of the "conv" trunk. The first takes a coarse step: a layer at half
-# resolution would cost more than the whole rest.
-CONV_TRUNK = ((24, 7, 4), (48, 3, 2), (96, 3, 2))
-
-# torchvision name -> the part that is the trunk; then per head how many of its layers are read (None: all) and how many
-# channels the last of them has.
-TORCHVISION_LAYERS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
-    "mobilenet_v3_small": ("features", {"v1": (11, 96), "v2": (13, 576)}),
-    "mobilenet_v3_large": ("features", {"v1": (15, 160), "v2": (17, 960)}),
-    "efficientnet_b0": ("features", {"v1": (None, 1280), "v2": (None, 1280)}),
-    "mnasnet1_0": ("layers", {"v1": (None, 1280), "v2": (None, 1280)}),
-    "squeezenet1_1": ("features", {"v1": (None, 512), "v2": (None, 512)}),
-}
 
 
 class RegionScorer(nn.Module):
@@ -77,27 +65,30 @@ class RegionScorer(nn.Module):
         pixels counts as a grey image in the BatchNorm of a trunk that is not frozen.
         """
         self._warn_of_dead_trunk()
-        if self.training:
-            # A NaN would spread through BatchNorm to the other images, and through the head's gradient to the weights.
-            finite = pixel_values.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()[:, None, None]
-            logits = self.head(self.features(torch.where(finite[..., None], pixel_values, 0)))
-            logits = torch.where(finite, logits, torch.nan)
-        else:
-            logits = self.head(self.features(pixel_values))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        grid_size = self.config.score_grid_size
-        if logits.shape[1:] != (grid_size, grid_size):
-            logits = interpolate(logits[:, None], (grid_size, grid_size), mode="bilinear", align_corners=False)[:, 0]
-        return self.head.squash(self.statistics(logits, self.config.score_normalization))
+        features, finite = self.features(pixel_values)
+        with maybe_autocast(pixel_values.device.type, enabled=False):
+            logits = torch.where(finite, self.head(features), torch.nan)
+            grid_size = self.config.score_grid_size
+            if logits.shape[1:] != (grid_size, grid_size):
+                grid = (grid_size, grid_size)
+                logits = interpolate(logits[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
+            return self.head.squash(self.statistics(logits, self.config.score_normalization))
 
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> the trunk's map (B, F, h, w)."""
+    def features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, C, H, W) -> the trunk's map (B, F, h, w) in the head's precision, and whether it is finite, (B, 1, 1).
+
+        Where it is not, zeros take the place of the map, or, if the trunk trains, of the image: a NaN would spread
+        through the head's gradient to its weights, and through BatchNorm to the other images.
+        """
         if self.config.scorer_frozen:
-            with torch.no_grad():
-                return self.trunk(pixel_values)
-        if self.training:
+            features, finite = zero_unless_finite(run_frozen(self.trunk, self.config.scorer, pixel_values))
+        elif self.training:
             self.trunk_loaded.fill_(1)
-        return self.trunk(pixel_values)
+            pixel_values, finite = zero_unless_finite(pixel_values)
+            features = self.trunk(pixel_values)
+        else:
+            features, finite = zero_unless_finite(self.trunk(pixel_values))
+        return features.to(self.head.fc1.weight.dtype), finite[..., 0]
 
     def load_pretrained_trunk(self, source: str | Path | None = None) -> None:
         """Give the trunk ImageNet weights.
@@ -203,7 +194,20 @@ DEAD_SCORER = (
 )
 
 
-class PerCellHead(nn.Module):
+class SinglePrecision(nn.Module):
+    """A module whose tensors stay in float32 at least when the model around it is cast to half precision."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SinglePrecision":
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(device=moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class PerCellHead(SinglePrecision):
     """v1: a logit per cell from that cell's features."""
 
     def __init__(self, num_features: int, hidden_size: int) -> None:
@@ -221,7 +225,7 @@ class PerCellHead(nn.Module):
         return standardized.sigmoid() + 0.1
 
 
-class ChannelGateHead(nn.Module):
+class ChannelGateHead(SinglePrecision):
     """v2: the features summed over the channels, each weighted by a gate that the whole image decides on."""
 
     def __init__(self, num_features: int) -> None:
@@ -232,9 +236,7 @@ class ChannelGateHead(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F, h, w) -> logits (B, h, w)."""
         gate = self.fc2(gelu(self.fc1(features.mean(dim=(2, 3))))).sigmoid()
-        # Hundreds of channels: half precision would leave the sum two digits.
-        precision = torch.promote_types(features.dtype, torch.float32)
-        return (features * gate[:, :, None, None]).sum(dim=1, dtype=precision)
+        return (features * gate[:, :, None, None]).sum(dim=1)
 
     @staticmethod
     def squash(standardized: torch.Tensor) -> torch.Tensor:
@@ -242,11 +244,14 @@ class ChannelGateHead(nn.Module):
         return (2 * standardized).sigmoid()
 
 
-class ScoreStatistics(nn.Module):
-    """Standardises logits by the mean and standard deviation of the batch, of all batches so far, or of each image.
+def zero_unless_finite(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, C, H, W) with zeros for an image that is not finite throughout; and which ones are, (B, 1, 1, 1)."""
+    finite = tensor.detach().sum(dim=(1, 2, 3), dtype=torch.float32, keepdim=True).isfinite()
+    return torch.where(finite, tensor, 0), finite
 
-    The running statistics stay in float32 at least when the model is cast to half precision.
-    """
+
+class ScoreStatistics(SinglePrecision):
+    """Standardises logits by the mean and standard deviation of the batch, of all batches so far, or of each image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,15 +325,6 @@ class ScoreStatistics(nn.Module):
                 "used."
             )
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ScoreStatistics":
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(device=moved.device)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
-
 
 def image_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and unbiased variance of each image: (B, G, G) -> (B, 1, 1), (B, 1, 1)."""
@@ -379,60 +375,6 @@ class _AllReduceSum(torch.autograd.Function):
         gradient = gradient.clone()
         distributed.all_reduce(gradient)
         return gradient
-
-
-def build_trunk(config: RegionTokenizerConfig) -> tuple[nn.Module, int]:
-    """The trunk that `config.scorer` names and the number of channels of its map.
-
-    Raises:
-        ValueError: timm knows no such model, or cannot take features from it.
-    """
-    if config.scorer == "conv":
-        return ConvTrunk(config.num_channels), CONV_TRUNK[-1][0]
-    if config.scorer.startswith("timm/"):
-        trunk = TimmTrunk(config)
-        return trunk, trunk.num_features
-    part, heads = TORCHVISION_LAYERS[config.scorer]
-    num_layers, num_features = heads[config.scorer_head]
-    model = torchvision.models.get_model(config.scorer, weights=None)
-    return getattr(model, part)[:num_layers], num_features
-
-
-class ConvTrunk(nn.Sequential):
-    """Three strided convolutions with BatchNorm: (B, C, H, W) -> (B, 96, ⌈H/16⌉, ⌈W/16⌉).
-
-    For small images and for training from scratch.
-    """
-
-    def __init__(self, num_channels: int) -> None:
-        layers = []
-        for width, kernel_size, stride in CONV_TRUNK:
-            convolution = nn.Conv2d(num_channels, width, kernel_size, stride, padding=kernel_size // 2, bias=False)
-            layers.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
-            num_channels = width
-        super().__init__(*layers)
-
-
-class TimmTrunk(nn.Module):
-    """The last stage of a timm feature extractor: (B, C, H, W) -> (B, F, h, w)."""
-
-    def __init__(self, config: RegionTokenizerConfig, pretrained: bool = False) -> None:
-        super().__init__()
-        name = config.scorer.removeprefix("timm/")
-        options: dict[str, Any] = {"features_only": True, "out_indices": (-1,), "in_chans": config.num_channels}
-        known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-        if known is not None and known.fixed_input_size:
-            options["img_size"] = config.image_size
-        try:
-            self.model = timm.create_model(name, pretrained=pretrained, **options)
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise ValueError(f"scorer={config.scorer!r} cannot be built: {error}.") from error
-        self.num_features = self.model.feature_info.channels()[-1]
-        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = self.model(pixel_values)[-1]
-        return features.permute(0, 3, 1, 2) if self.channels_last else features
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -331,7 +331,7 @@ def test_a_dead_scorer_is_refused_where_it_matters(tmp_path):
 
 @pytest.mark.parametrize("scorer", ["mobilenet_v3_small", "conv", "timm/resnet10t"])
 def test_initialisation_leaves_the_trunk_as_its_library_makes_it(scorer):
-    from dart_hf.modeling.region_scorer import build_trunk
+    from dart_hf.modeling.scorer_trunk import build_trunk
 
     torch.manual_seed(5)
     expected, _ = build_trunk(make_config(scorer=scorer))
@@ -396,6 +396,48 @@ def test_autocast_training():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+# --- the last layer --------------------------------------------------------------------------------------------------
+
+
+def test_the_classifier_computes_the_last_layer_for_the_class_token_alone():
+    """Same logits, same gradients, and no token but the first leaves the last layer."""
+    model = make_model(num_labels=4).double()
+    batch = {name: value.double() if name == "pixel_values" else value for name, value in bright_corner(4, 0).items()}
+    shapes, results = [], []
+    model.dart.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    for asked in ({}, {"output_hidden_states": True}):
+        model.zero_grad()
+        outputs = model(**batch, **asked)
+        outputs.loss.backward()
+        results.append([outputs.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert shapes == [1, 10]
+    for alone, all_tokens in zip(*results, strict=True):
+        torch.testing.assert_close(alone, all_tokens)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("by", ["argument", "configuration"])
+def test_whoever_asks_for_more_gets_every_token(asked, by):
+    model = make_model(attn_implementation="eager")
+    if by == "configuration":
+        setattr(model.config, asked, True)
+        outputs = model(pixels())
+    else:
+        outputs = model(pixels(), **{asked: True})
+    if asked == "output_hidden_states":
+        assert [state.shape for state in outputs.hidden_states] == [(3, 10, 32)] * 3
+    else:
+        assert [attention.shape for attention in outputs.attentions] == [(3, 2, 10, 10)] * 2
+
+
+@pytest.mark.parametrize("num_hidden_layers", [1, 2])
+def test_class_token_only(num_hidden_layers):
+    model = make_model(num_hidden_layers=num_hidden_layers).dart
+    everything, alone = model(pixels()), model(pixels(), class_token_only=True)
+    torch.testing.assert_close(alone.pooler_output, everything.pooler_output)
+    torch.testing.assert_close(alone.last_hidden_state, everything.last_hidden_state[:, :1])
+
+
 # --- compilation and export ------------------------------------------------------------------------------------------
 
 
@@ -421,6 +463,23 @@ def test_compiles_as_one_graph_forward_and_backward(partition, normalization):
             assert (gradient - parameter.grad).abs().max() / scale < 2e-2, name
 
 
+@pytest.mark.parametrize("scorer", ["conv", "mobilenet_v3_small"])
+@pytest.mark.parametrize("normalization", ["running", "image", "batch"])
+@pytest.mark.parametrize("partition", ["flow", "grid", "uniform"])
+def test_nothing_waits_for_the_device(partition, normalization, scorer):
+    """Tensors without memory: whatever would read a value on the host, or take a shape from one, fails."""
+    with torch.device("meta"):
+        config = make_config(partition=partition, score_normalization=normalization, scorer=scorer, image_size=64)
+        model = DartForImageClassification(config)
+        images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
+    for training in (True, False):
+        outputs = model.train(training)(images, labels=labels, output_regions=True)
+        outputs.loss.backward()
+        assert outputs.regions.strip_edges.is_meta and model.dart.cls_token.grad.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        outputs.loss.item()
+
+
 def test_exports():
     model = make_model()
     images = pixels()
@@ -442,11 +501,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_runs_with_its_weights_offloaded():
-    model = make_model()
-    expected = model(pixels()).logits
+    model = make_model().double()
+    expected = model(pixels(dtype=torch.float64)).logits
     offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in offloaded.parameters())
-    torch.testing.assert_close(offloaded(pixels()).logits, expected)
+    torch.testing.assert_close(offloaded(pixels(dtype=torch.float64)).logits, expected)
 
 
 def test_stochastic_depth_drops_in_training_only():

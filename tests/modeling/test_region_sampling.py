@@ -114,3 +114,40 @@ def test_dtype_follows_the_pixels():
     regions = flow_regions(torch.rand(1, 4, 4), 9, 20, 20)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         assert sample_regions(torch.rand(1, 3, 20, 20, dtype=dtype), regions, 4).dtype == dtype
+
+
+@pytest.mark.parametrize("pixels_need_gradients", [False, True])
+def test_sampling_in_one_pass_and_by_gathers_agree(monkeypatch, pixels_need_gradients):
+    """Eager CPU code takes the one, everything else the other."""
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(2, 3, 21, 30, generator=generator, dtype=torch.float64)
+        pixels.requires_grad_(pixels_need_gradients)
+        scores = torch.rand(2, 5, 5, generator=generator, dtype=torch.float64).requires_grad_()
+        patches = sample_regions(pixels, flow_regions(scores, 11, 21, 30), 4)
+        weights = torch.randn(patches.shape, generator=generator, dtype=torch.float64)
+        inputs = [scores, pixels] if pixels_need_gradients else [scores]
+        results.append((patches.detach(), *torch.autograd.grad((patches * weights).sum(), inputs)))
+    for one_pass, gathers in zip(*results, strict=True):
+        torch.testing.assert_close(one_pass, gathers)
+
+
+def test_training_keeps_no_copy_of_the_patches():
+    """Between forward and backward: the image and one strip, which the gradient of the edges needs, and indices."""
+    pixels = torch.randn(2, 3, 64, 96)
+    scores = torch.rand(2, 5, 5).requires_grad_()
+    regions = flow_regions(scores, 54, 64, 96)
+    bands = regions.row_edges.shape[1] - 1
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.update({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()}) or tensor,
+        lambda tensor: tensor,
+    ):
+        patches = sample_regions(pixels, regions, 8)
+    strip = 2 * bands * 96 * 8 * 3 * 4
+    samples = 2 * (bands + 54) * 8
+    assert patches.requires_grad
+    # Eight numbers or so for each sampled row and column.
+    assert sum(kept.values()) <= pixels.nbytes + strip + samples * 100

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import multiprocessing as mp
 
 from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
-from dart_hf.modeling.region_scorer import RegionScorer, ScoreStatistics, build_trunk, image_moments
+from dart_hf.modeling.region_scorer import RegionScorer, ScoreStatistics, image_moments
+from dart_hf.modeling.scorer_trunk import build_trunk
 
 
 def make_scorer(**settings) -> RegionScorer:
@@ -70,24 +71,6 @@ def test_scores_are_resized_bilinearly(size):
     resized = weights(size[0]) @ logits[0] @ weights(size[1]).T
     expected = (resized - resized.mean()) / (resized.std() + 1e-8)
     torch.testing.assert_close(model(torch.zeros(1, 3, 32, 32, dtype=torch.float64))[0], expected)
-
-
-@pytest.mark.parametrize(
-    ("scorer", "head", "channels", "stride"),
-    [
-        ("mobilenet_v3_small", "v1", 96, 32),
-        ("mobilenet_v3_small", "v2", 576, 32),
-        ("mobilenet_v3_large", "v1", 160, 32),
-        ("mobilenet_v3_large", "v2", 960, 32),
-        ("efficientnet_b0", "v1", 1280, 32),
-        ("mnasnet1_0", "v1", 1280, 32),
-    ],
-)
-def test_published_trunks_read_the_published_layers(scorer, head, channels, stride):
-    trunk, num_features = build_trunk(DartConfig(scorer=scorer, scorer_head=head))
-    with torch.no_grad():
-        assert trunk.eval()(torch.randn(1, 3, 128, 96)).shape == (1, channels, 128 // stride, 96 // stride)
-    assert num_features == channels
 
 
 @pytest.mark.parametrize(("scorer", "hidden"), [("mobilenet_v3_small", 96), ("mobilenet_v3_large", 160), ("conv", 96)])
@@ -387,7 +370,7 @@ def test_timm_weights_from_a_file(tmp_path, name):
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = source.eval().forward_intermediates(pixels, intermediates_only=True)[-1]
-        torch.testing.assert_close(model.features(pixels), expected)
+        torch.testing.assert_close(model.features(pixels)[0], expected)
 
 
 def test_the_library_download_is_what_is_loaded(monkeypatch):
