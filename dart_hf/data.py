@@ -40,8 +40,6 @@ class ImageClassificationCollator:
         labels = [self._label(row) for row in rows]
         images = [self._column(row, self.image_column) for row in rows]
         pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        # Convolutions and the sampling of regions read pixels fastest with their channels side by side in memory.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return {"pixel_values": pixel_values, "labels": torch.tensor(labels)}
 
     def _label(self, row: Mapping[str, Any]) -> int:

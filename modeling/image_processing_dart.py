@@ -129,7 +129,7 @@ class DartImageProcessor(TorchvisionBackend):
         # Images of one size are stacked, and 8-bit images in one stack with others would be resized without rounding.
         if len({image.dtype for image in images}) > 1:
             disable_grouping = True
-        return super()._preprocess(
+        features = super()._preprocess(
             images,
             do_resize=do_resize,
             size=size,
@@ -138,6 +138,10 @@ class DartImageProcessor(TorchvisionBackend):
             disable_grouping=disable_grouping,
             **kwargs,
         )
+        if isinstance(features["pixel_values"], torch.Tensor):
+            # The model reads pixels with their channels side by side in memory, and would have to copy them.
+            features["pixel_values"] = features["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return features
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         """Torchvision's own crop, as published: it rounds half a pixel of border where the backend's rounds down."""

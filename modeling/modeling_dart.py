@@ -144,7 +144,7 @@ class DartPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RegionTokenizer", "DartLayer"]
-    _keep_in_fp32_modules_strict = ["scorer.head", "scorer.statistics"]
+    _keep_in_fp32_modules_strict = ["scorer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -269,18 +269,31 @@ class DartModel(DartPreTrainedModel):
             ValueError: See [`RegionTokenizer.forward`].
         """
         tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
+        hidden_states = self.encode(tokens, class_position, class_token_only, **kwargs)
+        return DartModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            regions=regions if output_regions else None,
+        )
+
+    def encode(
+        self,
+        tokens: torch.Tensor,
+        class_position: torch.Tensor,
+        class_token_only: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, 1 + N, D).
+
+        With `class_token_only` (B, 1, D).
+        """
         class_token = (self.cls_token.to(class_position.device) + class_position).expand(tokens.shape[0], -1, -1)
         hidden_states = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layers[-1](hidden_states, num_queries=1 if class_token_only else None, **kwargs)
-        hidden_states = self.layernorm(hidden_states)
-        return DartModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=hidden_states[:, 0],
-            regions=regions if output_regions else None,
-        )
+        return self.layernorm(hidden_states)
 
 
 class DartForImageClassification(DartPreTrainedModel):

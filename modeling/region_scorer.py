@@ -25,7 +25,11 @@ HEAD_HIDDEN_SIZE = 96
 
 
 class RegionScorer(nn.Module):
-    """Scores every cell of a G×G grid over the image: the higher, the smaller the regions there."""
+    """Scores every cell of a G×G grid over the image: the higher, the smaller the regions there.
+
+    It stays in float32 at least when the model around it is cast to half precision or runs under autocast: the noise
+    of half precision in the scores would move region edges by tens of pixels.
+    """
 
     def __init__(self, config: RegionTokenizerConfig) -> None:
         super().__init__()
@@ -65,8 +69,8 @@ class RegionScorer(nn.Module):
         pixels counts as a grey image in the BatchNorm of a trunk that is not frozen.
         """
         self._warn_of_dead_trunk()
-        features, finite = self.features(pixel_values)
         with maybe_autocast(pixel_values.device.type, enabled=False):
+            features, finite = self.features(pixel_values.to(next(self.trunk.parameters()).dtype))
             logits = torch.where(finite, self.head(features), torch.nan)
             grid_size = self.config.score_grid_size
             if logits.shape[1:] != (grid_size, grid_size):
@@ -75,7 +79,7 @@ class RegionScorer(nn.Module):
             return self.head.squash(self.statistics(logits, self.config.score_normalization))
 
     def features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, C, H, W) -> the trunk's map (B, F, h, w) in the head's precision, and whether it is finite, (B, 1, 1).
+        """(B, C, H, W) -> the trunk's map (B, F, h, w), and which images it is finite for, (B, 1, 1).
 
         Where it is not, zeros take the place of the map, or, if the trunk trains, of the image: a NaN would spread
         through the head's gradient to its weights, and through BatchNorm to the other images.
@@ -88,7 +92,16 @@ class RegionScorer(nn.Module):
             features = self.trunk(pixel_values)
         else:
             features, finite = zero_unless_finite(self.trunk(pixel_values))
-        return features.to(self.head.fc1.weight.dtype), finite[..., 0]
+        return features, finite[..., 0]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RegionScorer":
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(device=moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
 
     def load_pretrained_trunk(self, source: str | Path | None = None) -> None:
         """Give the trunk ImageNet weights.
@@ -194,20 +207,7 @@ DEAD_SCORER = (
 )
 
 
-class SinglePrecision(nn.Module):
-    """A module whose tensors stay in float32 at least when the model around it is cast to half precision."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SinglePrecision":
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(device=moved.device)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
-
-
-class PerCellHead(SinglePrecision):
+class PerCellHead(nn.Module):
     """v1: a logit per cell from that cell's features."""
 
     def __init__(self, num_features: int, hidden_size: int) -> None:
@@ -225,7 +225,7 @@ class PerCellHead(SinglePrecision):
         return standardized.sigmoid() + 0.1
 
 
-class ChannelGateHead(SinglePrecision):
+class ChannelGateHead(nn.Module):
     """v2: the features summed over the channels, each weighted by a gate that the whole image decides on."""
 
     def __init__(self, num_features: int) -> None:
@@ -250,7 +250,7 @@ def zero_unless_finite(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return torch.where(finite, tensor, 0), finite
 
 
-class ScoreStatistics(SinglePrecision):
+class ScoreStatistics(nn.Module):
     """Standardises logits by the mean and standard deviation of the batch, of all batches so far, or of each image."""
 
     def __init__(self) -> None:

@@ -44,22 +44,26 @@ class RegionTokenizer(nn.Module):
         num_patches = self.config.num_patches if num_patches is None else num_patches
         self._check(pixel_values, num_patches)
         # Convolutions run faster in this layout, and sampling reads whole rows of it.
-        pixel_values = pixel_values.to(self.projection.weight.dtype, memory_format=torch.channels_last)
-        regions = self.partition(pixel_values, num_patches)
-        patches = sample_regions(pixel_values, regions, self.config.patch_size)
-        return self.projection(patches) + self.positions(regions), self.position_embeddings[:, :1], regions
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        regions = self.partition(self.score(pixel_values), num_patches, *pixel_values.shape[2:])
+        return self.embed(pixel_values, regions), self.position_embeddings[:, :1], regions
 
-    def partition(self, pixel_values: torch.Tensor, num_patches: int) -> Regions:
-        """Regions of (B, C, H, W); in float32 at least, whatever the dtype of the model or of autocast."""
-        batch_size, _, height, width = pixel_values.shape
-        if self.config.partition == "uniform":
-            dtype = torch.promote_types(pixel_values.dtype, torch.float32)
-            grid = (batch_size, self.config.score_grid_size, self.config.score_grid_size)
-            scores = torch.ones(grid, dtype=dtype, device=pixel_values.device)
-        else:
-            scores = self.scorer(pixel_values)
-        with maybe_autocast(pixel_values.device.type, enabled=False):
+    def score(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> scores (B, G, G) in float32 at least; ones for the uniform partition."""
+        if self.config.partition != "uniform":
+            return self.scorer(pixel_values)
+        grid = (pixel_values.shape[0], self.config.score_grid_size, self.config.score_grid_size)
+        return pixel_values.new_ones(grid, dtype=torch.promote_types(self.projection.weight.dtype, torch.float32))
+
+    def partition(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+        """Scores (B, G, G) -> regions, in the precision of the scores, whatever that of the model or of autocast."""
+        with maybe_autocast(scores.device.type, enabled=False):
             return PARTITIONS[self.config.partition](scores, num_patches, height, width)
+
+    def embed(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
+        """The tokens of the regions of (B, C, H, W), with their positions added: (B, N, D)."""
+        patches = sample_regions(pixel_values.to(self.projection.weight.dtype), regions, self.config.patch_size)
+        return self.projection(patches) + self.positions(regions)
 
     def positions(self, regions: Regions) -> torch.Tensor:
         """The position table averaged over every region: (B, N, D)."""

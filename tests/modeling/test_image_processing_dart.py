@@ -100,6 +100,12 @@ def test_a_batch_does_not_change_its_images(processor, coffee):
             torch.testing.assert_close(pixels(processor, alone), together, rtol=0, atol=1e-5)
 
 
+def test_the_channels_lie_side_by_side_in_memory(processor, coffee):
+    pixel_values = processor([coffee, coffee[:200]], return_tensors="pt").pixel_values
+    assert pixel_values.shape == (2, 3, 448, 448)
+    assert pixel_values.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_every_mode_becomes_rgb(processor, coffee, mode):
     image = Image.fromarray(coffee).convert("P" if mode == "PA" else mode).convert(mode)

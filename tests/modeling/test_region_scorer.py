@@ -201,11 +201,19 @@ def test_a_batch_without_a_usable_image_leaves_the_statistics():
     assert statistics.running_mean == 0 and statistics.running_var == 1
 
 
-def test_statistics_keep_their_precision():
-    statistics = ScoreStatistics()
-    assert statistics.half().running_mean.dtype == torch.float32
-    assert statistics.bfloat16().running_var.dtype == torch.float32
-    assert statistics.double().running_mean.dtype == torch.float64
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["to", "half", "autocast"])
+def test_half_precision_changes_no_score(dtype, cast):
+    model, pixels = make_scorer(scorer="mobilenet_v3_small").eval(), torch.randn(2, 3, 64, 64)
+    expected = model(pixels)
+    if cast == "autocast":
+        with torch.autocast("cpu", dtype=dtype):
+            scores = model(pixels)
+    else:
+        scores = (model.to(dtype) if cast == "to" else model.half())(pixels)
+    assert torch.equal(scores, expected)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
+    assert model.double()(pixels.half()).dtype == torch.float64
 
 
 def _one_of_two_processes(rank: int, port: int, logits: torch.Tensor, results) -> None:

@@ -66,9 +66,9 @@ def test_autocast_leaves_the_partition_exact():
     pixels = torch.randn(2, 3, 64, 64)
     scores = torch.rand(2, 14, 14)
     tokenizer.scorer.forward = lambda pixel_values: scores
-    plain = tokenizer.partition(pixels, 30)
+    plain = tokenizer.partition(tokenizer.score(pixels), 30, *pixels.shape[2:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = tokenizer.partition(pixels, 30)
+        cast = tokenizer.partition(tokenizer.score(pixels), 30, *pixels.shape[2:])
         weights = tokenizer.positions(cast)
     assert torch.equal(plain.row_edges, cast.row_edges)
     assert torch.equal(plain.strip_edges, cast.strip_edges)
