@@ -4,6 +4,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+RESULTS ?= benchmarks/results
+BENCHMARK_ARGS ?=
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --editable
@@ -13,12 +15,13 @@ export HF_HUB_OFFLINE = 1
 # The virtual environment is all that counts, whatever is active around it.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help quickstart test lint venv clean
+.PHONY: help quickstart test lint benchmark venv clean
 
 help:
 	@echo "make quickstart   train a small model on digits in photographs and look at its regions (minutes)"
 	@echo "make test         run the tests"
 	@echo "make lint         check style and formatting"
+	@echo "make benchmark    measure speed and memory beside other vision transformers (about half an hour)"
 	@echo "make venv         make .venv with everything for development"
 	@echo "make clean        remove build products, caches and quick start results (.venv stays)"
 
@@ -34,6 +37,11 @@ test: .venv/installed-test
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Other settings: make benchmark BENCHMARK_ARGS='--device cuda --dtype bfloat16 --batch-size 256 --compile'
+benchmark: .venv/installed
+	$(BIN)/dart-hf benchmark --output $(RESULTS)/cpu-float32 $(BENCHMARK_ARGS)
+	$(BIN)/python benchmarks/scaling.py --output $(RESULTS)/scaling.json
 
 venv: .venv/installed-dev
 

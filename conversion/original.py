@@ -10,10 +10,7 @@ and one table from our tensor names to the original ones.
 
 import argparse
 import math
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
+from dart_hf.folders import check_unused, complete_folder
 from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification
@@ -103,17 +101,16 @@ def convert_checkpoint(
     if variant is not None:
         _check_variant(variant, "variant")
     output = Path(output)
-    if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"output: the folder {output} is not empty; give a new one or empty it.")
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: {output} is a file; give a folder.")
+    check_unused(output)
 
     path = _locate(checkpoint, variant)
     tensors, args_model = read_checkpoint(path, ema)
     config, state = convert_state_dict(tensors, variant or _infer_variant(path, args_model))
     model = DartForImageClassification(config)
     model.load_state_dict(state)
-    _save(model, DartImageProcessor(), output)
+    with complete_folder(output) as folder:
+        model.save_pretrained(folder)
+        DartImageProcessor().save_pretrained(folder)
     return output
 
 
@@ -500,17 +497,3 @@ def _labels(num_labels: int) -> dict[str, Any]:
         for index, label in enumerate(short)
     ]
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-
-
-def _save(model: DartForImageClassification, processor: DartImageProcessor, output: Path) -> None:
-    """Write a folder that appears complete or not at all: next to its place first, then moved there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.parent / f".{output.name}.{uuid.uuid4().hex}"
-    try:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        if output.exists():
-            output.rmdir()
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

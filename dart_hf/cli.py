@@ -1,7 +1,7 @@
 """The command line: `dart-hf COMMAND`. Each command reads its options and calls the library.
 
-The library raises ValueError and OSError for what its user can mend; here these become one line and exit code 2. What a
-command needs beyond the models is imported inside it.
+The library raises ValueError, OSError and ImportError for what its user can mend; here these become one line and exit
+code 2. What a command needs beyond the models is imported inside it.
 """
 
 import json
@@ -30,7 +30,7 @@ class _Commands(TyperGroup):
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "dart-hf"
             _stop(f"{error.format_message().rstrip('.')}; see '{command} --help'.", 2)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _stop(str(error) or type(error).__name__, 2)
         except typer.Abort:
             _stop("stopped", 130)
@@ -142,6 +142,78 @@ def visualize(
 
     visualize_image(image, model, output, num_patches=num_patches, with_scores=scores)
     typer.echo(f"Wrote {output}")
+
+
+@app.command(epilog="Example: dart-hf export darvit-tiny --output darvit-tiny-onnx --format onnx")
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="FOLDER_OR_ID", help="The model's folder, or its id on the Hugging Face Hub."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Where the program and its settings go; a new or empty folder."),
+    ],
+    format: Annotated[
+        str, typer.Option(metavar="NAME", help="onnx: model.onnx; torch: model.pt2 for torch.export.load.")
+    ] = "onnx",
+    num_patches: NumPatches = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Faster on a CPU and smaller, less exact: linear layers in 8 bits (ONNX).")
+    ] = False,
+) -> None:
+    """Write a model as a program for ONNX or PyTorch runtimes, and check that it computes the same."""
+    _quiet_loading()
+    from dart_hf.export import export_model
+
+    done = export_model(model, output, format=format, num_patches=num_patches, int8=int8, progress=True)
+    channels, height, width = done.input_shape
+    typer.echo(f"Wrote {done.path}, for pixel_values of shape (batch, {channels}, {height}, {width})")
+    typer.echo(f"Its logits differ from PyTorch's by at most {done.deviation:.3%} of the largest.")
+    if done.int8_deviation is not None:
+        typer.echo(f"int8 changes them by {done.int8_deviation:.1%} (root mean square).")
+
+
+@app.command(epilog="Example: dart-hf benchmark --output results --models 'DART-S@392,DeiT-B@224' --batch-size 16")
+def benchmark(
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where benchmark.json and the plots go; made if missing.")
+    ],
+    models: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="Names or patterns, separated by commas: 'DART-Ti@*,DeiT-Ti@224'."),
+    ] = "*",
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'; training uses autocast.")] = "float32",
+    attention: Annotated[str, typer.Option(help="'sdpa', or 'eager' for plain matrix products.")] = "sdpa",
+    batch_size: Annotated[int, typer.Option(metavar="B", min=1, help="Images at once.")] = 8,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch; its own choice without.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile every model with torch.compile.")] = False,
+    compile_mode: Annotated[
+        str, typer.Option(metavar="MODE", help="Of torch.compile, such as 'reduce-overhead' for CUDA graphs.")
+    ] = "default",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model has its turn.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls in a turn.")] = 2,
+    training: Annotated[bool, typer.Option(help="Measure training steps too.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+) -> None:
+    """Measure speed and memory beside timm's DeiT and transformers' ViT, taking turns (half an hour on two cores)."""
+    from dart_hf.benchmark import Settings, run_benchmark
+
+    settings = Settings(
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        batch_size=batch_size,
+        threads=threads,
+        compile=compiled,
+        compile_mode=compile_mode,
+        rounds=rounds,
+        calls=calls,
+        training=training,
+        memory=memory,
+    )
+    run_benchmark(output, settings, [name.strip() for name in models.split(",")], say=typer.echo)
 
 
 def _check_files(paths: list[Path]) -> None:

@@ -70,7 +70,7 @@ class RegionScorer(nn.Module):
         """
         self._warn_of_dead_trunk()
         with maybe_autocast(pixel_values.device.type, enabled=False):
-            features, finite = self.features(pixel_values.to(next(self.trunk.parameters()).dtype))
+            features, finite = self.features(pixel_values.to(self.head.fc1.weight.dtype))
             logits = torch.where(finite, self.head(features), torch.nan)
             grid_size = self.config.score_grid_size
             if logits.shape[1:] != (grid_size, grid_size):

@@ -19,7 +19,7 @@ import dart_hf.quickstart
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel, __version__
 from dart_hf.cli import app
 
-COMMANDS = ["quickstart", "convert", "predict", "visualize"]
+COMMANDS = ["quickstart", "convert", "predict", "visualize", "benchmark", "export"]
 LABELS = ["cup", "cat", "rocket"]
 
 

@@ -1,11 +1,14 @@
 """The models compute what the authors' code computes (`golden/README.md` says what each tensor is)."""
 
+import shutil
+
 import golden
 import numpy as np
 import pytest
 import torch
 
 from dart_hf import DartConfig, DartForImageClassification
+from dart_hf.export import export_model
 from dart_hf.modeling.region_partition import grid_regions
 from dart_hf.modeling.region_sampling import patch_images, sample_regions
 from dart_hf.modeling.region_scorer import RegionScorer
@@ -93,6 +96,74 @@ def test_float32_logits_agree_with_the_authors_code(variant, converted):
         logits = model(photographs(torch.float32)).logits
     assert logits.dtype == torch.float32
     assert relative_error(logits, golden.reference(variant)["logits"]) < 2e-3
+
+
+def as_it_is(model, pixel_values):
+    return model
+
+
+def compiled(model, pixel_values):
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def exported(model, pixel_values):
+    return torch.export.export(model, (pixel_values,), {"output_regions": True}).module()
+
+
+def channels_last(model, pixel_values):
+    return lambda images, **settings: model(images.contiguous(memory_format=torch.channels_last), **settings)
+
+
+def unfolded(model, pixel_values):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_: None)
+    return model
+
+
+def image_by_image(model, pixel_values):
+    """The scorer's trunk reads one image at a time."""
+
+    def run(images, **settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dart_hf.modeling.scorer_trunk.LARGEST_REUSED_ALLOCATION", 1)
+            return model(images, **settings)
+
+    return run
+
+
+@pytest.mark.parametrize("path", [as_it_is, compiled, exported, channels_last, unfolded, image_by_image])
+@pytest.mark.parametrize("variant", ["darvit-tiny-v2", "darvit-sm-ft392p"])
+def test_every_path_agrees_with_the_authors_code_in_float64(variant, path, converted):
+    expected = golden.reference(variant)
+    model = DartForImageClassification.from_pretrained(converted(variant), dtype=torch.float64)
+    with torch.no_grad():
+        outputs = path(model, photographs())(photographs(), output_regions=True)
+    for name, found in {"edges": outputs.regions.strip_edges, "logits": outputs.logits}.items():
+        assert relative_error(found, expected[name]) < tolerance(expected[name])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled programs need a C++ compiler")
+def test_compiled_programs_agree_with_the_authors_code(converted):
+    """The compiler's own code, not only its graph."""
+    torch.compiler.reset()
+    expected = golden.reference("darvit-tiny")["logits"]
+    model = DartForImageClassification.from_pretrained(converted("darvit-tiny"), dtype=torch.float64)
+    # One layer of the encoder is like another, and to compile them all takes minutes.
+    model.dart.encode = torch.compiler.disable(model.dart.encode)
+    with torch.no_grad():
+        assert relative_error(torch.compile(model)(photographs()).logits, expected) < tolerance(expected)
+
+
+def test_onnx_programs_agree_with_the_authors_code(converted, tmp_path):
+    import onnxruntime
+
+    program = export_model(converted("darvit-tiny"), tmp_path / "program").path
+    images = photographs(torch.float32).numpy()
+    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"pixel_values": images})
+    assert relative_error(torch.from_numpy(logits), golden.reference("darvit-tiny")["logits"]) < 2e-3
 
 
 @pytest.mark.parametrize("mode", ["weights", "autocast"])

@@ -480,6 +480,27 @@ def test_nothing_waits_for_the_device(partition, normalization, scorer):
         outputs.loss.item()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_whole_graph_is_on_the_device(training):
+    """CUDA graphs cannot hold an operation on the host. `meta` stands for the device."""
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model = DartForImageClassification(make_config(scorer="mobilenet_v3_small")).train(training)
+        images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
+    devices = set()
+
+    def look(graph, inputs):
+        for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            for tensor in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    devices.add(tensor.device.type)
+        return graph.forward
+
+    torch.compile(model, fullgraph=True, backend=look)(images, labels=labels)
+    assert devices == {"meta"}
+
+
 def test_exports():
     model = make_model()
     images = pixels()

@@ -1,0 +1,137 @@
+"""What exporting gains on a CPU: PyTorch, the ONNX program in float32, and the one with 8-bit layers, in turns.
+
+    python benchmarks/export_speed.py --threads 2 --output benchmarks/results/export_speed.json
+
+The weights are random, the trunk's statistics taken from photographs: time does not depend on them, but what 8 bits do
+to the accuracy of a trained model is for its own test images to say. `--model` measures a folder instead.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import skimage.data
+import torch
+from PIL import Image
+from torch import nn
+
+from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf.benchmark import Settings, command_line, interleave, machine, summary
+from dart_hf.digits_on_photos import PHOTOGRAPHS
+from dart_hf.export import export_model
+from dart_hf.prediction import load_model
+
+# Name -> preset, token budget.
+MODELS = {"DART-Ti@196": ("tiny", 196), "DART-S@392": ("small", 392)}
+BATCH_SIZES = (8, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", action="append", help="A model's folder, instead of the published sizes; repeatable."
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of PyTorch and of ONNX Runtime.")
+    parser.add_argument("--rounds", type=int, default=8, help="How often each program has its turn of two calls.")
+    parser.add_argument("--output", type=Path, required=True, help="The JSON file to write.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = arguments.model or [_save_random(name, Path(scratch, name)) for name in MODELS]
+        models = [_measure(Path(folder), Path(scratch), arguments) for folder in folders]
+    described = machine(Settings())
+    described["packages"] |= {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
+    results = {"command": command_line(), "machine": described, "models": models}
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _measure(folder: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times (milliseconds a batch), sizes and logits of a model's programs."""
+    model, processor = load_model(folder)
+    model = model.cpu().float()
+    paths = {
+        "ONNX float32": export_model(folder, scratch / f"{folder.name}-float32").path,
+        "ONNX int8": export_model(folder, scratch / f"{folder.name}-int8", int8=True).path,
+    }
+    programs = {"PyTorch": functools.partial(_run_model, model)}
+    programs |= {name: _session(path, arguments.threads) for name, path in paths.items()}
+    entry: dict[str, Any] = {"name": folder.name, "times": {}}
+    for batch_size in BATCH_SIZES:
+        images = _crops(processor, model.config.image_size)[:batch_size].clone()
+        runs = {(name,): functools.partial(run, images) for name, run in programs.items()}
+        settings = Settings(batch_size=batch_size, threads=arguments.threads, rounds=arguments.rounds)
+        times = interleave(runs, settings, f"{folder.name}, batch {batch_size}")
+        entry["times"][f"batch {batch_size}"] = {name: summary(samples) for (name,), samples in times.items()}
+    entry["mebibytes"] = {name: round(path.stat().st_size / 2**20, 1) for name, path in paths.items()}
+    entry["logits"] = _compare(programs, _crops(processor, model.config.image_size))
+    print(json.dumps(entry, indent=2))
+    return entry
+
+
+def _compare(programs: dict[str, Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor) -> dict[str, Any]:
+    """How the programs' logits for crops of photographs, eight at a time and one by one, differ from PyTorch's."""
+    results = {}
+    expected = torch.cat([programs["PyTorch"](batch) for batch in images.split(8)])
+    for name, run in programs.items():
+        together, alone = (torch.cat([run(batch) for batch in images.split(size)]) for size in (8, 1))
+        results[name] = {
+            "root_mean_square": _share(together - expected, expected),
+            "same_top_1": float((together.argmax(1) == expected.argmax(1)).float().mean()),
+            # What the other images of a batch change.
+            "alone_root_mean_square": _share(together - alone, alone),
+        }
+    return results
+
+
+def _share(difference: torch.Tensor, whole: torch.Tensor) -> float:
+    return round(float((difference.square().mean() / whole.square().mean()).sqrt()), 6)
+
+
+@torch.inference_mode()
+def _run_model(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    return model(pixel_values).logits
+
+
+def _session(path: Path, threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"pixel_values": images.numpy()})[0])
+
+
+def _crops(processor: DartImageProcessor, size: int) -> torch.Tensor:
+    """Four crops of each photograph, its corners, as `pixel_values`."""
+    crops = []
+    for name in PHOTOGRAPHS:
+        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        side = round(0.7 * min(picture.size))
+        for left, top in ((0, 0), (picture.width - side, 0), (0, picture.height - side), (100, 50)):
+            crops.append(picture.crop((left, top, left + side, top + side)).resize((size, size)))
+    return processor(crops, return_tensors="pt").pixel_values.contiguous()
+
+
+@torch.no_grad()
+def _save_random(name: str, folder: Path) -> Path:
+    """A model of a published size with random weights, and a trunk whose statistics are those of photographs."""
+    preset, num_patches = MODELS[name]
+    torch.manual_seed(0)
+    config = DartConfig.preset(preset, num_patches=num_patches, num_labels=1000, score_normalization="image")
+    model, processor = DartForImageClassification(config), DartImageProcessor()
+    for module in model.scorer.trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = None
+    model.scorer.trunk(_crops(processor, config.image_size)[:16])
+    model.scorer.trunk_loaded.fill_(1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

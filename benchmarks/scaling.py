@@ -1,0 +1,67 @@
+"""How the time of DART grows with the batch and with the resolution: `python benchmarks/scaling.py --output FILE`.
+
+Linear growth means that the time per image, or per pixel of the image, stays about the same from one line to the next.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from dart_hf import DartConfig, DartForImageClassification
+from dart_hf.benchmark import PARTS, Settings, command_line, interleave, machine, parts_of, quiet, summary
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+IMAGE_SIZES = (224, 448, 672, 896, 1120)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    preset: Annotated[str, typer.Option(help="Of DartConfig.")] = "tiny",
+    num_patches: Annotated[int, typer.Option(help="Token budget.")] = 196,
+    rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
+) -> None:
+    """Measure batches of 448-pixel images, and batches of four images of growing size."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = Settings(rounds=rounds)
+    cases = [("batch", size, 448) for size in BATCH_SIZES] + [("image", 4, size) for size in IMAGE_SIZES]
+    runs = {}
+    with quiet(), torch.inference_mode():
+        model = DartForImageClassification(DartConfig.preset(preset, num_patches=num_patches, num_labels=1000)).eval()
+        for case in cases:
+            _, batch_size, image_size = case
+            images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+            runs[(*case, "whole")] = functools.partial(model, images)
+            for part, run in parts_of(model, images, settings).items():
+                runs[(*case, part)] = run
+        times = {key: summary(samples) for key, samples in interleave(runs, settings, "scaling").items()}
+
+    lines = []
+    for case in cases:
+        grows, batch_size, image_size = case
+        line = {"grows": grows, "batch_size": batch_size, "image_size": image_size}
+        line |= {part: times[(*case, part)] for part in ("whole", *PARTS)}
+        line["whole_per_image"] = round(line["whole"]["median"] / batch_size, 3)
+        line["scorer_per_megapixel"] = round(line["scorer"]["median"] / (batch_size * image_size**2 / 1e6), 3)
+        lines.append(line)
+        typer.echo(
+            f"batch {batch_size:3d} of {image_size:4d} pixels: {line['whole_per_image']:8.2f} ms per image, scorer "
+            f"{line['scorer_per_megapixel']:6.2f} ms per megapixel, "
+            + ", ".join(f"{part} {line[part]['median']:.2f}" for part in PARTS)
+        )
+    results = {
+        "command": command_line(),
+        "machine": machine(settings),
+        "milliseconds": lines,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,31 @@
+"""Output folders that appear complete or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_unused(output: Path) -> None:
+    """Raise a FileExistsError unless `output` does not exist or is an empty folder."""
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"output: the folder {output} is not empty; give a new one or empty it.")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: {output} is a file; give a folder.")
+
+
+@contextmanager
+def complete_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill next to `output`, which then takes its place, or vanishes if filling it fails."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.parent / f".{output.name}.{uuid.uuid4().hex}"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if output.exists():
+            output.rmdir()
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
