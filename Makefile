@@ -5,6 +5,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
 RESULTS ?= benchmarks/results
+BENCHMARK ?= cpu-float32
 BENCHMARK_ARGS ?=
 
 BIN := .venv/bin
@@ -38,9 +39,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Other settings: make benchmark BENCHMARK_ARGS='--device cuda --dtype bfloat16 --batch-size 256 --compile'
+# Other settings: make benchmark BENCHMARK=cuda-bfloat16 BENCHMARK_ARGS='--device cuda --dtype bfloat16 --batch-size 256'
 benchmark: .venv/installed
-	$(BIN)/dart-hf benchmark --output $(RESULTS)/cpu-float32 $(BENCHMARK_ARGS)
+	$(BIN)/dart-hf benchmark --output $(RESULTS)/$(BENCHMARK) $(BENCHMARK_ARGS)
 	$(BIN)/python benchmarks/scaling.py --output $(RESULTS)/scaling.json
 
 venv: .venv/installed-dev

@@ -151,9 +151,13 @@ def export(
         typer.Argument(metavar="FOLDER_OR_ID", help="The model's folder, or its id on the Hugging Face Hub."),
     ],
     output: Annotated[
-        Path,
-        typer.Option(metavar="FOLDER", help="Where the program and its settings go; a new or empty folder."),
-    ],
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the program and its settings go; a new or empty folder. Without it the model's name and the "
+            "format's, here.",
+        ),
+    ] = None,
     format: Annotated[
         str, typer.Option(metavar="NAME", help="onnx: model.onnx; torch: model.pt2 for torch.export.load.")
     ] = "onnx",
@@ -166,6 +170,7 @@ def export(
     _quiet_loading()
     from dart_hf.export import export_model
 
+    output = output or Path(f"{Path(model).name}-{format}")
     done = export_model(model, output, format=format, num_patches=num_patches, int8=int8, progress=True)
     channels, height, width = done.input_shape
     typer.echo(f"Wrote {done.path}, for pixel_values of shape (batch, {channels}, {height}, {width})")
@@ -178,7 +183,7 @@ def export(
 def benchmark(
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where benchmark.json and the plots go; made if missing.")
-    ],
+    ] = Path("benchmark"),
     models: Annotated[
         str,
         typer.Option(metavar="NAMES", help="Names or patterns, separated by commas: 'DART-Ti@*,DeiT-Ti@224'."),

@@ -235,6 +235,9 @@ def _quantise(path: Path, batches: list[torch.Tensor], expected: list[torch.Tens
         for node in program.graph.node
         if node.op_type == "MatMul" and node.input[1] in constants and _is_in_encoder(node)
     ]
+    if not layers:
+        # For onnxruntime an empty list means every layer.
+        raise ValueError("int8 finds no linear layer of the encoder in the program; export in float32.")
     quantize_dynamic(program, path, per_channel=True, weight_type=QuantType.QInt8, nodes_to_quantize=layers)
     run = _read(path)
     found, exact = torch.cat([run(batch) for batch in batches]), torch.cat(expected)

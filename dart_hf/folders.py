@@ -19,6 +19,7 @@ def check_unused(output: Path) -> None:
 @contextmanager
 def complete_folder(output: Path) -> Iterator[Path]:
     """A folder to fill next to `output`, which then takes its place, or vanishes if filling it fails."""
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.parent / f".{output.name}.{uuid.uuid4().hex}"
     unfinished.mkdir()

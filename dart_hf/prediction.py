@@ -114,7 +114,7 @@ def predict(
     predictions = []
     with tqdm(total=len(images), unit="image", disable=None if progress else True) as bar:
         for batch in _batches(images, batch_size):
-            pixel_values = processor(batch, return_tensors="pt").pixel_values.to(model.device, model.dtype)
+            pixel_values = processor(batch, return_tensors="pt").pixel_values.to(model.device)
             with torch.inference_mode():
                 logits = model(pixel_values, num_patches=num_patches).logits.float()
             probabilities = logits.sigmoid() if many_labels else logits.softmax(dim=-1)
@@ -158,7 +158,7 @@ def visualize(
     model, processor = load_model(source, needs_classifier=False)
     pixel_values = processor(image, return_tensors="pt").pixel_values
     with torch.inference_mode():
-        outputs = model(pixel_values.to(model.device, model.dtype), num_patches=num_patches, output_regions=True)
+        outputs = model(pixel_values.to(model.device), num_patches=num_patches, output_regions=True)
     figure = draw_regions(
         pixel_values,
         outputs.regions,

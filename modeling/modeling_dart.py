@@ -143,7 +143,8 @@ class DartPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RegionTokenizer", "DartLayer"]
+    # The scorer has a unit of its own under FSDP, where a unit has one precision.
+    _no_split_modules = ["RegionTokenizer", "RegionScorer", "DartLayer"]
     _keep_in_fp32_modules_strict = ["scorer"]
     _supports_sdpa = True
     _supports_flash_attn = True

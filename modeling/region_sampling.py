@@ -77,7 +77,7 @@ def blend_rows(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
         weights: (..., M, 2).
 
     Returns:
-        (all of M, F), dtype of `table`.
+        (all of M, F), dtype of `table`. On a CPU it has a first derivative only, outside `torch.compile`.
     """
     indices, weights = indices.view(-1, 2), weights.view(-1, 2).to(table.dtype)
     if table.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -49,6 +49,8 @@ class RegionScorer(nn.Module):
         for module in self.trunk.modules():
             module._is_hf_initialized = True
         self.set_frozen(config.scorer_frozen)
+        # Where the model is built in half precision.
+        self.to(torch.promote_types(self.head.fc1.weight.dtype, torch.float32))
 
     def set_frozen(self, frozen: bool) -> None:
         """Keep the trunk in evaluation mode and without gradient, or let it train."""
@@ -70,8 +72,12 @@ class RegionScorer(nn.Module):
         """
         self._warn_of_dead_trunk()
         with maybe_autocast(pixel_values.device.type, enabled=False):
-            features, finite = self.features(pixel_values.to(self.head.fc1.weight.dtype))
+            # A replica of nn.DataParallel has no parameters() to ask.
+            weight = next(self.trunk.parameters(), self.statistics.running_mean)
+            features, finite = self.features(pixel_values.to(weight.dtype))
             logits = torch.where(finite, self.head(features), torch.nan)
+            # FSDP's mixed precision casts the weights all the same.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             grid_size = self.config.score_grid_size
             if logits.shape[1:] != (grid_size, grid_size):
                 grid = (grid_size, grid_size)

@@ -56,7 +56,8 @@ class RegionTokenizer(nn.Module):
         return pixel_values.new_ones(grid, dtype=torch.promote_types(self.projection.weight.dtype, torch.float32))
 
     def partition(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
-        """Scores (B, G, G) -> regions, in the precision of the scores, whatever that of the model or of autocast."""
+        """Scores (B, G, G) -> regions in float32 at least, whatever the precision of the model or of autocast."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         with maybe_autocast(scores.device.type, enabled=False):
             return PARTITIONS[self.config.partition](scores, num_patches, height, width)
 

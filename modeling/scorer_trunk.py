@@ -110,7 +110,8 @@ class FoldingSequential(nn.Sequential):
     """Runs a convolution and the BatchNorm in evaluation mode that follows it as one convolution.
 
     The folded weights are made at every call, which costs far less than the pass over the map that they save, so
-    whatever is loaded, moved, cast or trained in between takes effect, and the state dict shows nothing of it.
+    whatever is loaded, moved, cast or trained in between takes effect, and the state dict shows nothing of it. timm's
+    models, which keep most of their layers elsewhere than in an `nn.Sequential`, stay mostly unfolded.
     """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -146,7 +147,8 @@ def _folds(layer: nn.Module, following: nn.Module) -> bool:
 
 def _is_hooked(layer: nn.Module) -> bool:
     """Whether somebody relies on the layer's being called: a hook, or accelerate, which fetches offloaded weights."""
-    return bool("forward" in vars(layer) or layer._forward_pre_hooks or layer._forward_hooks)
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return "forward" in layer.__dict__ or any(hooks)
 
 
 def folded_weights(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The models: outputs, independence of the batch, training, loading, compilation, half precision."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -8,6 +9,8 @@ import timm
 import torch
 from accelerate import cpu_offload
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Trainer, TrainingArguments
 
 import dart_hf
@@ -385,6 +388,39 @@ def test_half_precision_loading_keeps_the_statistics(tmp_path):
     out = loaded(pixels(), output_regions=True)
     assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
     assert out.regions.strip_edges.dtype == torch.float32
+
+
+def test_a_model_built_in_half_precision_cuts_in_float32():
+    """Beyond 2,048 a half-precision number cannot tell one column of the strip from the next."""
+    config = make_config(scorer="mobilenet_v3_small", image_size=224, num_patches=196)
+    model = DartForImageClassification._from_config(config, dtype=torch.bfloat16).eval()
+    outputs = model(torch.randn(1, 3, 224, 224), output_regions=True)
+    assert model.classifier.weight.dtype == outputs.logits.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.scorer.parameters()} == {torch.float32}
+    assert {value.dtype for value in outputs.regions.values()} == {torch.float32}
+    # As FSDP's mixed precision does, behind the module's back.
+    for parameter in model.scorer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    outputs = model(torch.randn(1, 3, 224, 224), output_regions=True)
+    assert {value.dtype for value in outputs.regions.values()} == {torch.float32}
+    assert (outputs.regions.strip_edges.diff(dim=1) >= 0).all()
+
+
+def test_a_half_precision_model_shards(tmp_path):
+    """FSDP wants one precision in a unit; the scorer has another than the tokenizer around it."""
+    init = f"file://{tmp_path / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    try:
+        model = make_model().bfloat16()
+        names = DartForImageClassification._no_split_modules
+        units = {type(module) for module in model.modules() if type(module).__name__ in names}
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units)
+        sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        loss = sharded(pixels(), labels=torch.tensor([0, 1, 2])).loss
+        loss.backward()
+        assert loss.isfinite()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_autocast_training():
