@@ -204,6 +204,8 @@ def run_benchmark(
     settings.check()
     chosen = _choose(models)
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: {output} is a file; give a folder.")
     output.mkdir(parents=True, exist_ok=True)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -523,7 +525,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         f"{where['gpu'] or where['processor']}, {where['threads']} threads, {settings['dtype']}, batch "
         f"{settings['batch_size']}, {_mode(settings)}; medians, ms for a batch"
     )
-    heads = ("", "inference", "images/s", "training step", "peak MiB", "training", *PARTS, "encoder : timm's")
+    heads = ("", "inference", "images/s", "training step", "MiB inference", "MiB training", *PARTS, "encoder / timm's")
     yield "  ".join(f"{head:>{max(12, len(head))}}" for head in heads)
     for entry in results["models"]:
         whole, memory = entry["inference"]["median"], entry.get("peak_memory") or {}

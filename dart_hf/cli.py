@@ -159,14 +159,20 @@ def export(
         ),
     ] = None,
     format: Annotated[
-        str, typer.Option(metavar="NAME", help="onnx: model.onnx; torch: model.pt2 for torch.export.load.")
+        str,
+        typer.Option(
+            metavar="onnx|torch", help="model.onnx (needs the extra 'export'), or model.pt2 for torch.export.load."
+        ),
     ] = "onnx",
     num_patches: NumPatches = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Faster on a CPU and smaller, less exact: linear layers in 8 bits (ONNX).")
     ] = False,
 ) -> None:
-    """Write a model as a program for ONNX or PyTorch runtimes, and check that it computes the same."""
+    """Write a model as a program for ONNX or PyTorch runtimes, and check that it computes the same.
+
+    The batch size is free; image size and token budget are fixed.
+    """
     _quiet_loading()
     from dart_hf.export import export_model
 
@@ -174,7 +180,8 @@ def export(
     done = export_model(model, output, format=format, num_patches=num_patches, int8=int8, progress=True)
     channels, height, width = done.input_shape
     typer.echo(f"Wrote {done.path}, for pixel_values of shape (batch, {channels}, {height}, {width})")
-    typer.echo(f"Its logits differ from PyTorch's by at most {done.deviation:.3%} of the largest.")
+    before = "In float32 its" if int8 else "Its"
+    typer.echo(f"{before} logits differ from PyTorch's by at most {done.deviation:.3%} of the largest.")
     if done.int8_deviation is not None:
         typer.echo(f"int8 changes them by {done.int8_deviation:.1%} (root mean square).")
 
@@ -182,11 +189,18 @@ def export(
 @app.command(epilog="Example: dart-hf benchmark --output results --models 'DART-S@392,DeiT-B@224' --batch-size 16")
 def benchmark(
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where benchmark.json and the plots go; made if missing.")
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Where benchmark.json and the plots go; made if missing, overwritten if not."
+        ),
     ] = Path("benchmark"),
     models: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="Names or patterns, separated by commas: 'DART-Ti@*,DeiT-Ti@224'."),
+        typer.Option(
+            metavar="NAMES",
+            help="Names or patterns, separated by commas: DART-Ti@… and DART-S@… with 121, 196, 288 or 392 tokens; "
+            "DeiT-… (timm) and ViT-… (transformers) as Ti@, S@ and B@224, S@384, S@448 pixels.",
+        ),
     ] = "*",
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="'float32', 'bfloat16' or 'float16'; training uses autocast.")] = "float32",
@@ -218,7 +232,8 @@ def benchmark(
         training=training,
         memory=memory,
     )
-    run_benchmark(output, settings, [name.strip() for name in models.split(",")], say=typer.echo)
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    run_benchmark(output, settings, names, say=typer.echo)
 
 
 def _check_files(paths: list[Path]) -> None:

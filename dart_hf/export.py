@@ -115,6 +115,8 @@ def export_model(
                     f"largest, and at most {TOLERANCE:.0%} is accepted; nothing was written."
                 )
             int8_deviation = _quantise(path, batches, expected) if int8 else None
+            # The folder has the image processor's code, but not the model's.
+            model.config.auto_map = None
             model.config.save_pretrained(folder)
             processor.save_pretrained(folder)
             bar.update()
