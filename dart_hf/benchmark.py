@@ -607,9 +607,9 @@ def _first_dart(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _caption(results: dict[str, Any]) -> str:
-    machine, settings = results["machine"], results["settings"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
-    return f"{where}, {settings['dtype']}, batch {settings['batch_size']}, {_mode(settings)}"
+    where, settings = results["machine"], results["settings"]
+    processor = where["gpu"] or f"{where['processor']}, {where['threads']} threads"
+    return f"{processor}, {settings['dtype']}, batch {settings['batch_size']}, {_mode(settings)}"
 
 
 def _mode(settings: dict[str, Any]) -> str:

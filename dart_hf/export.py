@@ -146,7 +146,7 @@ def _image_size(processor: BaseImageProcessor, image_size: int) -> tuple[int, in
     return sizes.pop() if len(sizes) == 1 else (image_size, image_size)
 
 
-# Checking ---------------------------------------------------------------------------------------------------------
+# --- checking ---------------------------------------------------------------------------------------------------------
 
 
 def _test_batches(input_shape: tuple[int, int, int]) -> list[torch.Tensor]:
@@ -188,7 +188,7 @@ def _read(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda pixel_values: torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
 
 
-# Writing ----------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 class _Logits(nn.Module):

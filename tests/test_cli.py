@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and one readable line for every mistake of its user."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import dart_hf.conversion.original
 import dart_hf.quickstart
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel, __version__
 from dart_hf.cli import app
+from dart_hf.modeling.region_scorer import RegionScorer
 
 COMMANDS = ["quickstart", "convert", "predict", "visualize", "benchmark", "export"]
 LABELS = ["cup", "cat", "rocket"]
@@ -232,6 +234,18 @@ def test_a_mistake_of_ours_keeps_its_traceback(folder, monkeypatch):
     monkeypatch.setattr(DartForImageClassification, "forward", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(*PREDICT, "model")
+
+
+def test_a_half_precision_model_sees_all_of_a_picture(folder, model, monkeypatch):
+    """Rounded to half precision before they are scored, pixels would move the regions."""
+    seen = []
+    forward = RegionScorer.forward
+    monkeypatch.setattr(RegionScorer, "forward", lambda *given: seen.append(given[1].dtype) or forward(*given))
+    copy.deepcopy(model).bfloat16().save_pretrained("half")
+    DartImageProcessor(size=64, crop_size=64).save_pretrained("half")
+    for command in (["predict", "cup.png"], ["visualize", "cup.png", "--output", "regions.png"]):
+        assert run(*command, "--model", "half").exit_code == 0
+    assert seen == [torch.float32] * 2
 
 
 def test_the_installed_command(folder, model, processor):

@@ -198,6 +198,10 @@ def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, model_folder
     assert 1e-3 < done.int8_deviation < 0.05
     assert done.deviation == pytest.approx(exported.deviation)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(dart_hf.export, "_is_in_encoder", lambda node: False)
+        with pytest.raises(ValueError, match="int8 finds no linear layer of the encoder"):
+            export_model(model_folder, tmp_path / "refused", int8=True)
     monkeypatch.setattr(dart_hf.export, "INT8_TOLERANCE", done.int8_deviation / 2)
     with pytest.raises(ValueError, match=r"int8 changes the logits by .*nothing was written"):
         export_model(model_folder, tmp_path / "refused", int8=True)

@@ -155,6 +155,21 @@ def test_gradients_pass_through_folded_layers():
         torch.testing.assert_close(folded, unfolded)
 
 
+def test_whoever_listens_to_a_layer_hears_it():
+    """A hook on a folded layer would never be called."""
+    for register in (
+        lambda layer, hear: layer.register_forward_hook(hear),
+        lambda layer, hear: layer.register_forward_pre_hook(hear),
+        lambda layer, hear: layer.register_full_backward_hook(hear),
+        lambda layer, hear: layer.register_full_backward_pre_hook(hear),
+    ):
+        for position in (0, 1):
+            sequence, heard = FoldingSequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval(), []
+            register(sequence[position], lambda *_, heard=heard: heard.append(1))
+            sequence(pixels().requires_grad_()).sum().backward()
+            assert heard == [1]
+
+
 def test_subclasses_of_batch_norm_run_as_they_are():
     class Doubling(nn.BatchNorm2d):
         def forward(self, features):
