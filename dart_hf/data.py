@@ -1,27 +1,288 @@
-"""Where data enters: rows of a labelled image data set -> batches for a model."""
+"""Where data enters: a source of labelled images -> rows -> batches for a model.
 
-from collections.abc import Mapping, Sequence
+Rows hold undecoded images, so that a damaged one is met, named and, by choice, skipped where batches are made.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
+import datasets
+import PIL.Image
 import torch
+from datasets.exceptions import DatasetNotFoundError
 from transformers import BaseImageProcessor
+from transformers.utils import logging
+
+from dart_hf.augmentation import AUGMENTATION_SEED, combined_seed, seeded
+
+logger = logging.get_logger(__name__)
+
+Split = datasets.Dataset | datasets.IterableDataset
+
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
+LABEL_COLUMNS = ("label", "labels")
+# The label of an image that could not be read: PyTorch's cross entropy and the metrics leave it out.
+IGNORED_LABEL = -100
+# datasets' builders for files by the end of their names; folders and Hub ids tell it themselves.
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+# What a damaged image file makes PIL raise.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
+NUM_COUNTERS = 64
+
+
+# Sources ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images to learn from and to evaluate with.
+
+    Args:
+        train, evaluation: Columns `image` (undecoded) and, unless they were not asked for, `label` (an index into
+            `label_names`); None where there is no such split.
+        label_names: The classes.
+        evaluation_split: What `evaluation` is called in the source; None where it was held out of `train`.
+    """
+
+    train: Split | None
+    evaluation: Split | None
+    label_names: list[str]
+    evaluation_split: str | None
+
+
+def load_image_data(
+    source: str | os.PathLike,
+    subset: str | None = None,
+    train_split: str | None = "train",
+    evaluation_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    held_out: float = 0.0,
+    streaming: bool = False,
+    needs_labels: bool = True,
+) -> ImageData:
+    """Load labelled images from anything that `datasets` reads.
+
+    Args:
+        source: A folder of images in one folder per class (`datasets`' imagefolder, with or without `train`,
+            `validation`, `test` above them), a folder of parquet or other files that `datasets` recognises, one that
+            `save_to_disk` wrote, a `.parquet`, `.arrow` or `.tar` (webdataset) file, or a data set's id on the
+            Hub.
+        subset: The data set's configuration, where it has several.
+        train_split: Split to learn from, also in `datasets`' slice notation (`train[:1000]`); None for none.
+        evaluation_split: Split to evaluate with; without it the first there is of "validation", "valid", "val", "dev",
+            "test".
+        image_column, label_column: Column names; without them the only column of images, and of class labels.
+        class_names: The classes in the order of their numbers, where the data set does not know them.
+        held_out: Share of the training images to evaluate with where there is no split for that; not for streams.
+        streaming: Whether to read rows as they are needed instead of first downloading everything.
+        needs_labels: Whether images without labels are refused.
+
+    Raises:
+        OSError: The source does not exist or could not be had.
+        ValueError: It has no images, no such split or column, or fewer than two classes.
+    """
+    splits = _splits(source, subset, streaming)
+    if evaluation_split is None:
+        evaluation_split = next((name for name in EVALUATION_SPLITS if name in splits), None)
+    train, evaluation = (
+        None if name is None else _select_split(splits, name, argument, source)
+        for name, argument in ((train_split, "train_split"), (evaluation_split, "evaluation_split"))
+    )
+    if train is None and evaluation is None:
+        raise ValueError(
+            f"data: {str(source)!r} has none of the splits {', '.join(map(repr, EVALUATION_SPLITS))} to evaluate with; "
+            f"it has {_named(splits)}: name one."
+        )
+    present = [split for split in (train, evaluation) if split is not None]
+    columns = _columns(present[0], image_column, label_column, source, needs_labels)
+    label_names = _label_names(present, columns["label"], class_names, source) if "label" in columns else []
+    if needs_labels and len(label_names) < 2:
+        raise ValueError(
+            f"data: {str(source)!r} has one class, {label_names[0]!r}; a classifier needs at least two."
+            if label_names
+            else f"data: {str(source)!r} has no classes."
+        )
+    train, evaluation = (
+        None if split is None else _prepared(split, columns, label_names) for split in (train, evaluation)
+    )
+    if evaluation is None and held_out and not streaming:
+        parts = train.train_test_split(test_size=held_out, seed=0)
+        train, evaluation = parts["train"], parts["test"]
+    return ImageData(train, evaluation, label_names, evaluation_split)
+
+
+def _splits(source: str | os.PathLike, subset: str | None, streaming: bool) -> Mapping[str, Split]:
+    name, path = os.fspath(source), Path(source)
+    try:
+        if path.is_file():
+            if path.suffix not in BUILDERS:
+                raise ValueError(
+                    f"data: {name!r} is a file of unknown kind; accepted are folders, ids on the Hub, and files "
+                    f"{', '.join(BUILDERS)}."
+                )
+            return datasets.load_dataset(BUILDERS[path.suffix], data_files=name, streaming=streaming)
+        if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)
+            saved = saved if isinstance(saved, dict) else {"train": saved}
+            return {key: split.to_iterable_dataset() for key, split in saved.items()} if streaming else saved
+        if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+            raise FileNotFoundError(f"data: there is no folder {name!r}.")
+        return datasets.load_dataset(name, subset, streaming=streaming)
+    except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise _no_images(name) from error
+    except DatasetNotFoundError as error:
+        raise OSError(
+            f"data: there is no folder {name!r}, and no data set of that name on the Hub (or it is private: "
+            "log in with 'hf auth login')."
+        ) from error
+    except ConnectionError as error:
+        raise OSError(
+            f"data: there is no folder {name!r}, and the Hub could not be reached: {_first_line(error)}"
+        ) from error
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data: {name!r} could not be read: {_first_line(error.__cause__ or error)}") from error
+
+
+def _no_images(name: str) -> ValueError:
+    return ValueError(
+        f"data: the folder {name!r} has no images; expected are {name}/CLASS/IMAGE or {name}/train/CLASS/IMAGE."
+    )
+
+
+def _select_split(splits: Mapping[str, Split], name: str, argument: str, source: str | os.PathLike) -> Split:
+    """A split by its name, or a part of one in `datasets`' slice notation."""
+    base, _, part = name.partition("[")
+    if base not in splits:
+        raise ValueError(f"{argument}: {str(source)!r} has no split {base!r}; it has {_named(splits)}.")
+    split = splits[base]
+    if not part:
+        return split
+    if isinstance(split, datasets.IterableDataset):
+        raise ValueError(f"{argument}: a stream has no parts, got {name!r}; give {base!r}.")
+    try:
+        instruction = datasets.ReadInstruction.from_spec(name).to_absolute({base: len(split)})[0]
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{argument}: {name!r} is no part of a split such as '{base}[:1000]': {error}.") from error
+    return split.select(range(instruction.from_ or 0, len(split) if instruction.to is None else instruction.to))
+
+
+def _columns(
+    split: Split,
+    image_column: str | None,
+    label_column: str | None,
+    source: str | os.PathLike,
+    needs_labels: bool,
+) -> dict[str, str]:
+    """`image` and `label` -> the columns that hold them."""
+    features = split.features or split._resolve_features().features
+
+    def of_kind(kind: type) -> list[str]:
+        return [name for name, feature in features.items() if isinstance(feature, kind)]
+
+    def the_one(role: str, given: str | None, candidates: list[str]) -> str:
+        if given is not None and given not in features:
+            raise ValueError(f"{role}_column: {str(source)!r} has no column {given!r}; it has {_named(features)}.")
+        if given is None and len(candidates) != 1:
+            found = f"several columns could hold it ({_named(candidates)})" if candidates else "no column holds it"
+            raise ValueError(
+                f"{role}_column: say which column of {str(source)!r} holds the {role}: {found}; it has "
+                f"{_named(features)}."
+            )
+        return given or candidates[0]
+
+    if image_column is None and not of_kind(datasets.Image) and Path(source).is_dir():
+        raise _no_images(str(source))
+    images = the_one("image", image_column, of_kind(datasets.Image))
+    candidates = of_kind(datasets.ClassLabel) or [name for name in LABEL_COLUMNS if name in features]
+    if label_column is None and not candidates:
+        if not needs_labels:
+            return {"image": images}
+        if list(features) == [images]:
+            raise ValueError(
+                f"data: the images of {str(source)!r} have no labels or one class: expected are at least two classes, "
+                "one folder for each."
+            )
+    if not needs_labels and label_column is None and len(candidates) != 1:
+        return {"image": images}
+    return {"image": images, "label": the_one("label", label_column, candidates)}
+
+
+def _label_names(splits: list[Split], column: str, given: Sequence[str] | None, source: str | os.PathLike) -> list[str]:
+    feature = (splits[0].features or splits[0]._resolve_features().features)[column]
+    if given is not None:
+        return list(given)
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    if isinstance(splits[0], datasets.IterableDataset):
+        raise ValueError(
+            f"class_names: the stream {str(source)!r} does not tell its classes; give their names in the order of "
+            "their numbers."
+        )
+    values = sorted({value for split in splits for value in split.unique(column)})
+    if all(isinstance(value, str) for value in values):
+        return values
+    if all(isinstance(value, Integral) and value >= 0 for value in values):
+        return [str(index) for index in range(max(values) + 1)]
+    raise ValueError(f"label_column: the labels in column {column!r} are neither names nor numbers from 0 on.")
+
+
+def _prepared(split: Split, columns: Mapping[str, str], label_names: list[str]) -> Split:
+    """The columns `image` and `label` alone, the image undecoded and the label a number."""
+    split = split.select_columns(list(columns.values()))
+    split = split.rename_columns({column: role for role, column in columns.items() if column != role})
+    features = split.features or split._resolve_features().features
+    split = split.cast_column("image", datasets.Image(decode=False))
+    if "label" not in columns or isinstance(features["label"], datasets.ClassLabel):
+        return split
+    if features["label"].dtype == "string":
+        numbers = {name: number for number, name in enumerate(label_names)}
+        return split.map(lambda row: {"label": numbers.get(row["label"], row["label"])}, remove_columns=["label"])
+    return split
+
+
+def _named(names: Mapping[str, Any] | Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+# Batches ----------------------------------------------------------------------------------------------------------
 
 
 class ImageClassificationCollator:
-    """Turns rows with an image and a label into `pixel_values` (B, C, H, W) and `labels` (B,).
+    """Turns rows with an image and a label into `pixel_values` (B, C, H, W) and `labels`.
 
-    Give it to `Trainer` as `data_collator`, with `remove_unused_columns=False` so that the images reach it.
+    Give it to `Trainer` as `data_collator`, with `remove_unused_columns=False` so that the images reach it. Rows of
+    [`SeededRows`] and [`SeededStream`] are augmented, others are prepared for evaluation.
 
     Args:
         image_processor: Prepares the images, all of a batch at once.
         num_labels: How many classes the model tells apart; labels must be 0 to `num_labels - 1`.
-        image_column: The column of the images.
-        label_column: The column of the labels.
+        image_column: The column of the images, decoded or not.
+        label_column: The column of the labels; None for batches without labels.
+        transform: Augments a training image: PIL image -> (C, H, W). Without it training images are prepared like
+            others.
+        mix: Mixes a training batch: `pixel_values`, `labels` (B,) -> `pixel_values`, targets (B, num_labels).
+        skip_unreadable: What to do with an image that cannot be read: leave it out of a training batch, and label it
+            -100, which losses and metrics ignore, in any other; or raise. `num_skipped` counts them.
+
+    Returns (as a callable):
+        `pixel_values`; `labels` (B,) of int64, or (B, num_labels) of float32 where they are mixed.
 
     Raises:
         ValueError: A row lacks a column, or its label is not an integer in range. Checked here because a model on an
             accelerator would have to wait for the device, or crash in its loss.
+        OSError: An image cannot be read, and none is to be skipped; or no image of a training batch can be read.
     """
 
     def __init__(
@@ -29,20 +290,83 @@ class ImageClassificationCollator:
         image_processor: BaseImageProcessor,
         num_labels: int,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
+        transform: Callable[[PIL.Image.Image], torch.Tensor] | None = None,
+        mix: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         self.image_processor = image_processor
         self.num_labels = num_labels
         self.image_column = image_column
         self.label_column = label_column
+        self.transform = transform
+        self.mix = mix
+        self.skip_unreadable = skip_unreadable
+        # One counter for each worker process, in memory that they share.
+        self._skipped = torch.zeros(NUM_COUNTERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def num_skipped(self) -> int:
+        """How many unreadable images were skipped so far, counted each time."""
+        return int(self._skipped.sum())
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         labels = [self._label(row) for row in rows]
-        images = [self._column(row, self.image_column) for row in rows]
-        pixel_values = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": torch.tensor(labels)}
+        images = [self._image(row) for row in rows]
+        seeds = [row.get(AUGMENTATION_SEED) for row in rows]
+        if None in seeds:
+            return self._evaluation_batch(images, labels)
+        readable = [image is not None for image in images]
+        if not any(readable):
+            raise OSError(f"None of the {len(rows)} images of a batch can be read.")
+        images, labels, seeds = (
+            [entry for entry, keep in zip(entries, readable, strict=True) if keep]
+            for entries in (images, labels, seeds)
+        )
+        return self._training_batch(images, labels, seeds)
+
+    def _evaluation_batch(self, images: list[Any], labels: list[int]) -> dict[str, torch.Tensor]:
+        labels = [IGNORED_LABEL if image is None else label for image, label in zip(images, labels, strict=True)]
+        images = [PIL.Image.new("RGB", (32, 32)) if image is None else image for image in images]
+        batch = {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
+        return batch if self.label_column is None else {**batch, "labels": torch.tensor(labels)}
+
+    def _training_batch(self, images: list[Any], labels: list[int], seeds: list[int]) -> dict[str, torch.Tensor]:
+        batch = self._evaluation_batch(images, labels) if self.transform is None else self._augmented(images, seeds)
+        targets = torch.tensor(labels)
+        if self.mix is not None:
+            with seeded(combined_seed(*seeds)):
+                batch["pixel_values"], targets = self.mix(batch["pixel_values"], targets)
+        pixel_values = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return {"pixel_values": pixel_values, "labels": targets}
+
+    def _augmented(self, images: list[Any], seeds: list[int]) -> dict[str, torch.Tensor]:
+        augmented = []
+        for image, seed in zip(images, seeds, strict=True):
+            with seeded(seed):
+                augmented.append(self.transform(image))
+        return {"pixel_values": torch.stack(augmented)}
+
+    def _image(self, row: Mapping[str, Any]) -> Any:
+        """The image decoded, or None if it cannot be and is to be skipped."""
+        image = self._column(row, self.image_column)
+        if not isinstance(image, Mapping):
+            return image
+        try:
+            return datasets.Image().decode_example(image)
+        except DECODING_ERRORS as error:
+            name = repr(image["path"]) if image.get("path") else "that has no file name"
+            message = f"The image {name} cannot be read: {_first_line(error)}"
+            if not self.skip_unreadable:
+                raise OSError(f"{message}; unreadable images can be skipped.") from error
+        logger.warning(f"{message}; it is skipped.")
+        worker = torch.utils.data.get_worker_info()
+        self._skipped[0 if worker is None else 1 + worker.id % (NUM_COUNTERS - 1)] += 1
+        return None
 
     def _label(self, row: Mapping[str, Any]) -> int:
+        if self.label_column is None:
+            return IGNORED_LABEL
         label = self._column(row, self.label_column)
         if isinstance(label, bool) or not isinstance(label, Integral):
             raise ValueError(f"A label must be an integer, got {label!r} in column {self.label_column!r}.")
@@ -58,3 +382,15 @@ class ImageClassificationCollator:
         if name not in row:
             raise ValueError(f"A row has no column {name!r}; it has {', '.join(map(repr, row))}.")
         return row[name]
+
+
+@contextmanager
+def without_worker_traceback() -> Iterator[None]:
+    """Raise what a `DataLoader`'s worker process raised as if it had happened here, in its own one sentence."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if not message.startswith("Caught ") or " in DataLoader worker process " not in message:
+            raise
+        raise type(error)(message.strip().splitlines()[-1].partition(": ")[2]) from error

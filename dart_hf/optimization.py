@@ -1,0 +1,126 @@
+"""Parameter groups: which parameters decay, and how fast each part of a model learns."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_optimizer import is_optimizer_factory
+
+# timm's notation: parts of a model from its input to its output, by their parameters' names; what matches nothing (the
+# final norm and the heads) comes last. A name may have a wrapper's prefixes, e.g. `module.` or `_fsdp_wrapped_module.`.
+DEPTHS = {
+    "tokens": r"(?:.*\.)?(?:tokenizer\.|cls_token$|distillation_token$)",
+    "layers": [(r"(?:.*?\.)?layers\.(\d+)\.", None)],
+}
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    scorer_learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups of a DART model's parameters for a torch optimizer.
+
+    Each parameter that requires a gradient is in exactly one group. Only the weights of linear and convolutional layers
+    decay: norms, biases, class and distillation tokens and the position table do not.
+
+    Args:
+        model: The model, bare or wrapped (compiled, DDP, FSDP).
+        learning_rate: Of the final norm and the classifier.
+        weight_decay: Of the weights that decay.
+        layer_decay: Factor of the learning rate from one layer to the one before it, as in BEiT (arXiv 2106.08254):
+            layer i of L learns at `learning_rate * layer_decay**(L + 1 - i)` with i from 1, and what makes the tokens
+            (projection, positions, scorer, class token) is layer 0.
+        scorer_learning_rate: Of the scorer: its head and, if it trains, its trunk. Without it that of layer 0.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay`, and a `name`: "depth_<i>" or "scorer", with "_no_decay" behind it
+        for those that do not decay. The last layer comes first, because `Trainer` logs the first group's learning rate.
+
+    Raises:
+        ValueError: `layer_decay` is not above 0 and at most 1, or `scorer_learning_rate` is negative; or the parameters
+            were flattened by FSDP and cannot be told apart.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be above 0 and at most 1, got {layer_decay}.")
+    if scorer_learning_rate is not None and scorer_learning_rate < 0:
+        raise ValueError(f"scorer_learning_rate must be at least 0, got {scorer_learning_rate}.")
+    depths = group_parameters(model, DEPTHS, reverse=True)
+    if any(name.endswith("_flat_param") for name in depths):
+        raise ValueError("FSDP flattened the parameters, so they cannot be grouped; set fsdp_use_orig_params: true.")
+
+    # By the kind of layer: FSDP may have flattened a matrix to one dimension.
+    decaying = {
+        id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    }
+    members = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            apart = scorer_learning_rate is not None and ".scorer." in f".{name}"
+            members[-1 if apart else depths[name], id(parameter) in decaying].append(parameter)
+
+    deepest = max(depths.values())
+    groups = []
+    for (depth, decays), parameters in sorted(members.items(), reverse=True):
+        name = "scorer" if depth < 0 else f"depth_{depth}"
+        groups.append(
+            {
+                "name": name if decays else f"{name}_no_decay",
+                "params": parameters,
+                "lr": scorer_learning_rate if depth < 0 else learning_rate * layer_decay ** (deepest - depth),
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+        )
+    return groups
+
+
+class LayerwiseOptimizer:
+    """An optimizer factory for `Trainer`: the optimizer that its arguments name, on [`parameter_groups`]."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        layer_decay: float = 1.0,
+        scorer_learning_rate: float | None = None,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of `args.optim` with its options; see [`parameter_groups`] for the rest.
+
+        Raises:
+            ValueError: `args.optim` is an optimizer that groups the parameters itself.
+        """
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if is_optimizer_factory(optimizer_class) or options.keys() & {"params", "model", "optimizer_dict"}:
+            raise ValueError(
+                f"optim={args.optim.value!r} groups the parameters itself, so layer_decay and scorer_learning_rate "
+                "cannot be applied; choose another one, e.g. 'adamw_torch'."
+            )
+        groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay, scorer_learning_rate)
+        return optimizer_class(groups, **options)
+
+
+def layerwise_optimizer(
+    args: TrainingArguments, layer_decay: float = 1.0, scorer_learning_rate: float | None = None
+) -> tuple[type[LayerwiseOptimizer], dict[str, Any]]:
+    """What `Trainer` takes as `optimizer_cls_and_kwargs`; see [`parameter_groups`] for the arguments.
+
+    The optimizer, its options, the learning rate and the weight decay are those of `args`; the schedule scales the
+    learning rates of all groups.
+
+    Example:
+
+    ```python
+    >>> optimizer = layerwise_optimizer(args, layer_decay=0.75, scorer_learning_rate=1e-5)
+    >>> trainer = Trainer(model, args, train_dataset=dataset, optimizer_cls_and_kwargs=optimizer)
+    ```
+    """
+    return LayerwiseOptimizer, {
+        "args": args,
+        "layer_decay": layer_decay,
+        "scorer_learning_rate": scorer_learning_rate,
+    }
