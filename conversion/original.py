@@ -11,7 +11,7 @@ and one table from our tensor names to the original ones.
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -21,19 +21,19 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
+from dart_hf.conversion.tensors import TIMM_VIT_NAMES, NameTable, Tensors, renamed_tensors
 from dart_hf.folders import check_unused, complete_folder
+from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification
 from dart_hf.modeling.region_scorer import ScoreStatistics
 from dart_hf.modeling.scorer_trunk import build_trunk
-
-Tensors = Mapping[str, torch.Tensor]
 
 HUB_REPOSITORY = "yinkx3/DART"
 HEAD_WIDTH = 64
@@ -139,18 +139,10 @@ def convert_state_dict(original: Tensors, variant: str) -> tuple[DartConfig, dic
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in DartForImageClassification(config).state_dict().items()}
-    sources = _original_names(shapes, encoder.names)
-    _check_tensors(original, {name: _joined([shapes[part] for part in parts]) for name, parts in sources.items()})
-
+    state = renamed_tensors(original, shapes, encoder.names)
     # What the authors' models do not have: statistics of the "running" normalisation, and the mark of a live trunk.
-    state = {f"{OUR_SCORER}statistics.{name}": value for name, value in ScoreStatistics().state_dict().items()}
+    state |= {f"{OUR_SCORER}statistics.{name}": value for name, value in ScoreStatistics().state_dict().items()}
     state[f"{OUR_SCORER}trunk_loaded"] = torch.tensor(True)
-    for name, parts in sources.items():
-        if len(parts) == 1:
-            state[parts[0]] = original[name].clone()
-        else:
-            pieces = original[name].split([shapes[part][0] for part in parts])
-            state |= {part: piece.clone() for part, piece in zip(parts, pieces, strict=True)}
     return config, state
 
 
@@ -176,16 +168,10 @@ def _locate(checkpoint: str | Path, variant: str | None) -> Path:
         )
     try:
         return Path(huggingface_hub.hf_hub_download(str(checkpoint), f"{variant}.pth"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, RepositoryNotFoundError):
-            reason = "there is no such repository, or it is not public"
-        elif isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            reason = "the repository has no such file"
-        else:
-            reason = str(error).strip().partition("\n")[0].removesuffix(".")
+    except (OSError, ValueError, HTTPError) as error:
         raise OSError(
             f"checkpoint: there is no file {str(checkpoint)!r}, and {variant}.pth could not be downloaded from the Hub "
-            f"repository of that name: {reason}."
+            f"repository of that name: {hub_reason(error)}."
         ) from error
 
 
@@ -327,14 +313,13 @@ class Encoder:
         title: What people call it.
         marker: Pattern of a tensor name that only this encoder has.
         settings: Reads the configuration's settings off the shapes. None: not supported.
-        names: Pairs of a pattern for our tensor names and the original name for it. Several of ours for one original
-            are its parts along the first dimension, in the order of this table.
+        names: From our tensor names to the original ones, as for [`renamed_tensors`].
     """
 
     title: str
     marker: str
     settings: Callable[[Tensors], dict[str, Reading]] | None = None
-    names: tuple[tuple[str, str], ...] = ()
+    names: NameTable = ()
 
 
 def _vit_settings(tensors: Tensors) -> dict[str, Reading]:
@@ -375,21 +360,10 @@ ENCODERS: dict[str, Encoder] = {
         marker=r"blocks\.\d+\.",
         settings=_vit_settings,
         names=(
-            (r"dart\.cls_token", "cls_token"),
-            (r"dart\.tokenizer\.position_embeddings", "pos_embed"),
-            (r"dart\.tokenizer\.projection\.", "patch_embed.proj."),
+            *TIMM_VIT_NAMES,
             (r"dart\.tokenizer\.scorer\.trunk\.", f"{SCORER}features."),
             (r"dart\.tokenizer\.scorer\.head\.fc1\.", f"{SCORER}mlp.net.0."),
             (r"dart\.tokenizer\.scorer\.head\.fc2\.", f"{SCORER}mlp.net.2."),
-            (r"dart\.layers\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
-            (r"dart\.layers\.(\d+)\.attention\.q_proj\.", r"blocks.\1.attn.qkv."),
-            (r"dart\.layers\.(\d+)\.attention\.k_proj\.", r"blocks.\1.attn.qkv."),
-            (r"dart\.layers\.(\d+)\.attention\.v_proj\.", r"blocks.\1.attn.qkv."),
-            (r"dart\.layers\.(\d+)\.attention\.o_proj\.", r"blocks.\1.attn.proj."),
-            (r"dart\.layers\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
-            (r"dart\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
-            (r"dart\.layernorm\.", "norm."),
-            (r"classifier\.", "head."),
         ),
     ),
     "vim": Encoder(title="DART-Vim (bidirectional Mamba)", marker=r"layers\.\d+\.mixer\."),
@@ -433,44 +407,6 @@ def _check_against_variant(readings: Mapping[str, Reading], variant: str) -> Non
     ]
     if differences:
         raise ValueError(f"The checkpoint is not {variant!r}: it has {', '.join(differences)}.")
-
-
-def _original_names(ours: Iterable[str], names: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
-    """Original name -> our names for its parts, by a table of `Encoder.names`."""
-    ours = list(ours)
-    sources: dict[str, list[str]] = {}
-    for pattern, original in names:
-        for name in ours:
-            if re.match(pattern, name):
-                sources.setdefault(re.sub(pattern, original, name), []).append(name)
-    return sources
-
-
-def _check_tensors(original: Tensors, expected: Mapping[str, torch.Size]) -> None:
-    problems = {
-        "missing": [name for name in expected if name not in original],
-        "unexpected": [name for name in original if name not in expected],
-        "wrong shape": [
-            f"{name} {tuple(original[name].shape)} instead of {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in original and original[name].shape != shape
-        ],
-    }
-    found = [_problem(names, problem) for problem, names in problems.items() if names]
-    if found:
-        raise ValueError(f"The tensors of the checkpoint are not those of the model: {'; '.join(found)}.")
-
-
-def _problem(names: list[str], problem: str) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{problem} {', '.join(names[:3])}{more}"
-
-
-def _joined(shapes: list[torch.Size]) -> torch.Size:
-    """The shape of tensors of these shapes when they are joined along the first dimension."""
-    if len(shapes) == 1:
-        return shapes[0]
-    return torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])
 
 
 def _shape(tensors: Tensors, name: str, rank: int) -> torch.Size:

@@ -51,6 +51,29 @@ NumPatches = Annotated[
     typer.Option("--num-patches", metavar="N", min=1, help="Token budget; the model's own without this option."),
 ]
 
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="FOLDER_OR_ID",
+        help="Images in one folder for each class, parquet or other files, or a data set's id on the Hugging Face Hub.",
+    ),
+]
+Subset = Annotated[str | None, typer.Option(metavar="NAME", help="The data set's subset, where it has several.")]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Use N images at most, evenly spread over the data set.")
+]
+BatchSize = Annotated[int, typer.Option(metavar="B", min=1, help="Images at once.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read, and say how many.")
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Processes that read images. On a CPU they take time from the model, and its speed falls."
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 def dart_hf(
@@ -78,26 +101,92 @@ def quickstart(
     run_quickstart(output, steps=steps, num_patches=num_patches, seed=seed, say=typer.echo)
 
 
-@app.command(epilog="Example: dart-hf convert yinkx3/DART --variant darvit-tiny --output darvit-tiny")
+@app.command(
+    epilog="Example: dart-hf convert yinkx3/DART --variant darvit-tiny --output darvit-tiny; or from a pretrained ViT: "
+    "dart-hf convert --from vit timm/deit_tiny_patch16_224.fb_in1k --output dart-deit-tiny"
+)
 def convert(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A file of the authors, or their Hub repository, yinkx3/DART.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="--from dart: a file of the authors, or their Hub repository, yinkx3/DART. --from vit: the folder or "
+            "Hub id of a ViT or DeiT image classifier of transformers or timm.",
+        ),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes; a new or empty folder.")],
+    kind: Annotated[
+        str, typer.Option("--from", metavar="dart|vit", help="A DART of the authors, or a pretrained ViT.")
+    ] = "dart",
     variant: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Which published model it is, if the file does not say; which file to fetch."
+            metavar="NAME", help="dart: which published model it is, if the file does not say; which file to fetch."
         ),
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="dart: take the averaged weights.")] = False,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            metavar="uniform|flow", help="vit: uniform, the default, computes what the ViT does; flow is to be trained."
+        ),
+    ] = None,
+    scorer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="vit: the scorer's trunk; that of the preset without it.")
+    ] = None,
+    scorer_weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|imagenet", help="vit: the trunk's weights, a local file or a download."),
+    ] = None,
+    score_grid_size: Annotated[
+        int | None,
+        typer.Option(metavar="G", min=1, help="vit: side of the score grid and the position table; 14 without it."),
+    ] = None,
 ) -> None:
-    """Convert a checkpoint of the DART authors into a folder that from_pretrained reads."""
-    _quiet_loading()
-    from dart_hf.conversion.original import convert_checkpoint
+    """Convert a checkpoint of the DART authors, or a pretrained ViT, into a folder that from_pretrained reads."""
+    of_kind = {
+        "dart": {"variant": variant, "ema": ema or None},
+        "vit": {
+            "partition": partition,
+            "scorer": scorer,
+            "scorer_weights": scorer_weights,
+            "score_grid_size": score_grid_size,
+        },
+    }
+    if kind not in of_kind:
+        raise ValueError(f"--from must be 'dart' or 'vit', got {kind!r}.")
+    for other, options in of_kind.items():
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+        if other != kind and given:
+            raise ValueError(f"{given[0]} goes with --from {other}, got --from {kind}.")
+    options = {name: value for name, value in of_kind[kind].items() if value is not None}
 
-    folder = convert_checkpoint(checkpoint, output, variant=variant, ema=ema)
+    _quiet_loading()
+    if kind == "dart":
+        from dart_hf.conversion.original import convert_checkpoint
+
+        folder = convert_checkpoint(source, output, **options)
+    else:
+        from dart_hf.conversion.vit import convert_vit
+
+        folder = convert_vit(source, output, say=typer.echo, **options)
     typer.echo(f"Wrote {folder}")
+
+
+@app.command(
+    epilog="Example: dart-hf train --data photos --output flowers --model dart-tiny --new-head",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> None:
+    """Fine-tune a model on images, or train one from scratch."""
+    _quiet_loading()
+    _bars_on_terminals_only()
+    from dart_hf.training_command import parse_settings, run_training, training_help
+
+    if "--help" in context.args or not context.args:
+        typer.echo(training_help())
+    else:
+        run_training(parse_settings(context.args), say=typer.echo)
 
 
 @app.command(epilog="Example: dart-hf predict cat.jpg dog.jpg --model darvit-tiny --top-k 3")
@@ -124,6 +213,109 @@ def predict(
                 typer.echo(f"{answer.probability:8.1%}  {answer.label}")
 
 
+@app.command(epilog="Example: dart-hf evaluate --model darvit-tiny --data photos --num-patches 121,196 --plot plot.png")
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which images; without it the data's validation images, else its test ones."),
+    ] = None,
+    subset: Subset = None,
+    num_patches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…", help="Token budgets, with commas between; the model's own one without this option."
+        ),
+    ] = None,
+    batch_size: BatchSize = 32,
+    limit: Limit = None,
+    score_normalization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="running|image|batch",
+            help="How scores are standardised; the model's own way without this option, but for 'batch' (a converted "
+            "model's) it is 'image', so that no answer depends on the other images of a batch.",
+        ),
+    ] = None,
+    skip_unreadable: SkipUnreadable = False,
+    workers: Workers = 0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write the results as JSON; overwritten.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to draw accuracy against tokens: .png, .pdf, .svg, …; overwritten."),
+    ] = None,
+) -> None:
+    """Measure a classifier's accuracy and speed on a data set, at several token budgets in one pass.
+
+    Images per second are those of the model alone: reading and preparing images is not counted.
+    """
+    _quiet_loading()
+    _bars_on_terminals_only()
+    from dart_hf.evaluation import parse_budgets, run_evaluation
+
+    run_evaluation(
+        model,
+        data,
+        budgets=parse_budgets(num_patches) if num_patches is not None else (),
+        subset=subset,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        score_normalization=score_normalization,
+        skip_unreadable=skip_unreadable,
+        workers=workers,
+        output=output,
+        plot=plot,
+        say=typer.echo,
+        progress=True,
+    )
+
+
+@app.command(
+    epilog="Example: dart-hf calibrate --model darvit-tiny --data photos --limit 2000 --output darvit-tiny-running"
+)
+def calibrate(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes; a new or empty folder.")],
+    split: Annotated[str, typer.Option(metavar="NAME", help="Which images; they need no labels.")] = "train",
+    subset: Subset = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    skip_unreadable: SkipUnreadable = False,
+    workers: Workers = 0,
+) -> None:
+    """Take a model's running score statistics from images, without training.
+
+    Afterwards no prediction of a converted model depends on the other images of its batch.
+    """
+    _quiet_loading()
+    _bars_on_terminals_only()
+    from dart_hf.calibration import calibrate_model
+
+    done = calibrate_model(
+        model,
+        data,
+        output,
+        subset=subset,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        skip_unreadable=skip_unreadable,
+        workers=workers,
+        progress=True,
+    )
+    typer.echo(
+        f"Wrote {output}: scores of {done.num_images:,} images have mean {done.mean:.4g}, variance {done.variance:.4g}."
+    )
+    for count, what in ((done.num_unreadable, "could not be read"), (done.num_unusable, "have no usable scores")):
+        if count:
+            typer.echo(f"{count:,} more images {what} and are left out.")
+
+
 @app.command(epilog="Example: dart-hf visualize cat.jpg --model darvit-tiny --output regions.png --scores")
 def visualize(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
@@ -142,6 +334,61 @@ def visualize(
 
     visualize_image(image, model, output, num_patches=num_patches, with_scores=scores)
     typer.echo(f"Wrote {output}")
+
+
+@app.command(epilog="Example: dart-hf publish flowers user/dart-flowers --license apache-2.0 --private")
+def publish(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="The model's folder, as train or convert wrote it. It is only read."),
+    ],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="Where it goes, such as user/model; made if missing.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch, made if missing; 'main' without this option.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request to the branch instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Licence of the weights, such as apache-2.0 or cc-by-nc-4.0.")
+    ] = None,
+    example: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="For the page's widget; without this option FOLDER/example.png, if any."),
+    ] = None,
+    replace_card: Annotated[
+        bool, typer.Option("--replace-card", help="Write a new model card over one that somebody wrote.")
+    ] = False,
+) -> None:
+    """Publish a model on the Hugging Face Hub, in one commit, and load it back to compare.
+
+    Log in with 'hf auth login' before, or set HF_TOKEN. If it fails, run it again.
+    """
+    _quiet_loading()
+    from dart_hf.publishing import publish as publish_model
+
+    done = publish_model(
+        folder,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        license=license,
+        example=example,
+        replace_card=replace_card,
+    )
+    if not done.is_new:
+        typer.echo(f"The Hub has this model already: {done.url}, commit {done.commit}")
+    else:
+        typer.echo(f"Published {done.pull_request or done.url}, commit {done.commit}")
+    typer.echo("Loaded back from there, it gives the logits of the local model.")
+    if done.keeps_card_text:
+        typer.echo("The model card keeps its own text; --replace-card writes a new one.")
+    if done.license is None:
+        typer.echo("The model card states no licence; --license names one.")
 
 
 @app.command(epilog="Example: dart-hf export darvit-tiny --output darvit-tiny-onnx --format onnx")
@@ -249,3 +496,11 @@ def _quiet_loading() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _bars_on_terminals_only() -> None:
+    """Without `datasets`' bars where nobody watches them: they would fill a file with what they draw."""
+    if not sys.stderr.isatty():
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()

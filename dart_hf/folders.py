@@ -30,3 +30,14 @@ def complete_folder(output: Path) -> Iterator[Path]:
         os.replace(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def move_model(source: Path, target: Path) -> None:
+    """Move the files of a saved model to another folder in the same place, over those there.
+
+    In between, the target has no `config.json` and so is no model.
+    """
+    (target / "config.json").unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, target / path.name)
+    source.rmdir()

@@ -2,15 +2,25 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
+from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import RegionTokenizerConfig
 from dart_hf.pictures import checked_picture_path, draw_regions, save_figure
 
@@ -31,6 +41,60 @@ class Prediction:
     answers: list[Answer]
 
 
+def checked_source(source: str | os.PathLike) -> str:
+    """The name of a model's folder or its id on the Hub, as `from_pretrained` takes it.
+
+    Raises:
+        OSError: It is a file, a folder without a model, or a path of which there is no folder.
+    """
+    name = os.fspath(source)
+    folder = Path(name)
+    if folder.is_file():
+        raise NotADirectoryError(f"{name!r} is a file; give the model's folder, or the id of a model on the Hub.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"The folder {name!r} holds no model: it has no config.json.")
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder {name!r}.")
+    return name
+
+
+def load_config(source: str | os.PathLike) -> PreTrainedConfig:
+    """Load any model's configuration from a folder or the Hub.
+
+    Raises:
+        OSError: There is no such folder or model.
+    """
+    name = checked_source(source)
+    with _explained(name):
+        return AutoConfig.from_pretrained(name)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What the libraries raise when the Hub does not give a model, as an OSError that says why."""
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"There is no folder {name!r}, and no such model could be had from the Hub: {hub_reason(error)}."
+        ) from error
+
+
+def load_dart_config(source: str | os.PathLike) -> RegionTokenizerConfig:
+    """Load a DART model's configuration from a folder or the Hub.
+
+    Raises:
+        OSError: There is no such folder or model.
+        ValueError: It is no DART model.
+    """
+    config = load_config(source)
+    if not isinstance(config, RegionTokenizerConfig):
+        raise ValueError(f"{os.fspath(source)!r} is a model of type {config.model_type!r}, not a DART model.")
+    return config
+
+
 def load_model(source: str | os.PathLike, needs_classifier: bool = True) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """Load a DART model for evaluation, and its image processor, onto the accelerator if there is one.
 
@@ -43,32 +107,16 @@ def load_model(source: str | os.PathLike, needs_classifier: bool = True) -> tupl
         ValueError: It is no DART model, has no classifier, or its weights and its configuration differ.
     """
     name = os.fspath(source)
-    folder = Path(name)
-    if folder.is_file():
-        raise NotADirectoryError(f"{name!r} is a file; give the model's folder, or the id of a model on the Hub.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"The folder {name!r} holds no model: it has no config.json.")
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"There is no folder {name!r}.")
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"There is no folder {name!r}, and no such model could be had from the Hub: {reason}") from error
-    if not isinstance(config, RegionTokenizerConfig):
-        raise ValueError(f"{name!r} is a model of type {config.model_type!r}, not a DART model.")
+    config = load_dart_config(name)
     architecture = (config.architectures or ["an unknown class"])[0]
     classifies = architecture.endswith("ForImageClassification")
     if needs_classifier and not classifies:
         raise ValueError(f"{name!r} has no classifier: it is {architecture}.")
-    processor = AutoImageProcessor.from_pretrained(name)
+    auto_model = AutoModelForImageClassification if classifies else AutoModel
     try:
-        model, loading = (AutoModelForImageClassification if classifies else AutoModel).from_pretrained(
-            name, output_loading_info=True
-        )
+        with _explained(name):
+            processor = AutoImageProcessor.from_pretrained(name)
+            model, loading = auto_model.from_pretrained(name, output_loading_info=True)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights of {name!r} are damaged or do not fit its config.json.") from error
     for problem in ("missing", "unexpected"):

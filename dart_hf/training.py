@@ -1,7 +1,8 @@
-"""Training through transformers' `Trainer`."""
+"""Training through transformers' `Trainer`: a recipe, and the stock trainer that follows it."""
 
 import os
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -10,14 +11,70 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dart_hf.data import ImageClassificationCollator
+from dart_hf.augmentation import EpochCallback, MixImages, SeededRows, SeededStream, training_transform
+from dart_hf.averaging import EmaCallback
+from dart_hf.checkpoints import CompleteCheckpointCallback, RandomStateCallback
+from dart_hf.data import ImageClassificationCollator, Split
+from dart_hf.distillation import DistillationLoss, Teacher
+from dart_hf.losses import soft_target_cross_entropy
 from dart_hf.metrics import classification_accuracy
+from dart_hf.optimization import layerwise_optimizer
 
 EVALUATION_BATCH_SIZE = 90
 
 
+@dataclass
+class Recipe:
+    """What a training does besides what `TrainingArguments` says. The defaults leave images and loss as they are.
+
+    Label smoothing is `TrainingArguments.label_smoothing_factor`, weight decay `weight_decay`, and so on.
+    """
+
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's policy, such as rand-m9-mstd0.5-inc1 (RandAugment as in DeiT)."}
+    )
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    crop_scale: float | None = field(
+        default=None,
+        metadata={"help": "Smallest share of the area in a random crop; 1 crops the largest central square."},
+    )
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirror image."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength; without effect beside auto_augment."})
+    repeated_augmentation: int = field(default=1, metadata={"help": "How often an image is in a batch."})
+    mixup: float = field(default=0.0, metadata={"help": "Parameter of mixup's Beta distribution; 0 for none."})
+    cutmix: float = field(default=0.0, metadata={"help": "Parameter of cutmix's Beta distribution; 0 for none."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of averaged weights, which are evaluated and kept (DeiT: 0.99996)."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate from each layer to the one before."}
+    )
+    scorer_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the scoring network; that of its layer without."}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a transformers classifier, or timm/NAME, to distil from."}
+    )
+    distillation: Literal["soft", "hard"] = field(
+        default="soft", metadata={"help": "Towards the teacher's probabilities, or its answer."}
+    )
+    distillation_alpha: float = field(default=0.5, metadata={"help": "Share of the distillation in the loss."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Of soft distillation."})
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are prepared otherwise than images for evaluation."""
+        return bool(
+            self.auto_augment
+            or self.random_erasing
+            or self.crop_scale is not None
+            or self.horizontal_flip
+            or self.color_jitter
+        )
+
+
 class LossBar(ProgressCallback):
-    """`Trainer`'s progress bar with the loss in it, instead of a printed dict per log entry."""
+    """`Trainer`'s progress bar with the loss in it, and a line per evaluation instead of printed dicts."""
 
     def on_log(
         self,
@@ -27,8 +84,18 @@ class LossBar(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
+        if self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
+        if "eval_accuracy" in logs:
+            self.training_bar.write(f"step {state.global_step}: accuracy {logs['eval_accuracy']:.1%}")
+
+    def close(self) -> None:
+        """Leave the line of the bar, where a training breaks off."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
 
 
 class RunningScoresCallback(TrainerCallback):
@@ -48,6 +115,72 @@ class RunningScoresCallback(TrainerCallback):
     ) -> None:
         if model.config.score_normalization == "batch":
             model.config.score_normalization = "running"
+
+
+def classification_trainer(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    train: Split,
+    evaluation: Split | None,
+    arguments: TrainingArguments,
+    recipe: Recipe | None = None,
+    skip_unreadable: bool = False,
+    progress: TrainerCallback | None = None,
+) -> Trainer:
+    """A stock `Trainer` for an image classifier, made of the pieces that a recipe asks for.
+
+    Args:
+        model, image_processor: The classifier and what prepares its images.
+        train, evaluation: Data sets with columns `image` and `label`.
+        arguments: With `remove_unused_columns=False`, because the collator needs the images.
+        recipe: Without it, images are prepared as for evaluation and nothing is averaged or distilled.
+        skip_unreadable: See [`ImageClassificationCollator`].
+        progress: Shows how far the training is.
+
+    Raises:
+        ValueError: A setting of the recipe is out of range; the model's scorer has no weights; or the teacher tells
+            other classes apart.
+        OSError: The teacher could not be had.
+    """
+    recipe = recipe or Recipe()
+    model.require_scorer_weights()
+    smoothing = arguments.label_smoothing_factor
+    rows = SeededStream if isinstance(train, torch.utils.data.IterableDataset) else SeededRows
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(train, arguments.seed, recipe.repeated_augmentation),
+        eval_dataset=evaluation,
+        data_collator=ImageClassificationCollator(
+            image_processor,
+            model.config.num_labels,
+            transform=_transform(recipe, image_processor),
+            mix=MixImages(model.config.num_labels, recipe.mixup, recipe.cutmix, smoothing)
+            if recipe.mixup or recipe.cutmix or smoothing
+            else None,
+            skip_unreadable=skip_unreadable,
+        ),
+        processing_class=image_processor,
+        compute_loss_func=_loss(recipe, arguments, model, image_processor),
+        compute_metrics=classification_accuracy,
+        optimizer_cls_and_kwargs=layerwise_optimizer(
+            arguments, layer_decay=recipe.layer_decay, scorer_learning_rate=recipe.scorer_learning_rate
+        ),
+    )
+    # Before 5.6 transformers left accelerate to divide the loss by the accumulation steps once more.
+    trainer.accelerator.gradient_accumulation_steps = 1
+    for stock in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(stock)
+    if progress is not None:
+        trainer.add_callback(progress)
+    trainer.add_callback(RunningScoresCallback())
+    trainer.add_callback(EpochCallback())
+    trainer.add_callback(RandomStateCallback())
+    if recipe.ema_decay is not None:
+        trainer.add_callback(EmaCallback(recipe.ema_decay))
+    # Last, because it declares complete what the others have saved.
+    trainer.add_callback(CompleteCheckpointCallback())
+    return trainer
 
 
 def train_classifier(
@@ -80,7 +213,7 @@ def train_classifier(
         The trainer, trained; its `evaluate()` gives `eval_loss` and `eval_accuracy` on `test`.
 
     Raises:
-        ValueError: A label is out of range, or `steps` or `batch_size` is below 1.
+        ValueError: A label is out of range, `steps` or `batch_size` is below 1, or the scorer has no weights.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:
@@ -102,17 +235,38 @@ def train_classifier(
         "dataloader_pin_memory": torch.cuda.is_available(),
         **arguments,
     }
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(output_dir=os.fspath(output), **settings),
-        data_collator=ImageClassificationCollator(image_processor, model.config.num_labels),
-        train_dataset=train,
-        eval_dataset=test,
-        compute_metrics=classification_accuracy,
-    )
-    for stock in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(stock)
-    trainer.add_callback(progress or LossBar())
-    trainer.add_callback(RunningScoresCallback())
+    arguments = TrainingArguments(output_dir=os.fspath(output), **settings)
+    trainer = classification_trainer(model, image_processor, train, test, arguments, progress=progress or LossBar())
     trainer.train()
     return trainer
+
+
+def _transform(recipe: Recipe, image_processor: BaseImageProcessor) -> Any:
+    if not recipe.augments:
+        return None
+    return training_transform(
+        image_processor,
+        auto_augment=recipe.auto_augment,
+        random_erasing=recipe.random_erasing,
+        crop_scale=1.0 if recipe.crop_scale is None else recipe.crop_scale,
+        horizontal_flip=recipe.horizontal_flip,
+        color_jitter=recipe.color_jitter,
+    )
+
+
+def _loss(
+    recipe: Recipe, arguments: TrainingArguments, model: PreTrainedModel, image_processor: BaseImageProcessor
+) -> Any:
+    if recipe.teacher is None:
+        return soft_target_cross_entropy
+    # The loss is computed outside of autocast, which would have done this for the teacher.
+    precision = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return DistillationLoss(
+        Teacher.load(recipe.teacher, precision),
+        model,
+        kind=recipe.distillation,
+        alpha=recipe.distillation_alpha,
+        temperature=recipe.distillation_temperature,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+    )

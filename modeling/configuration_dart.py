@@ -98,7 +98,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class DartConfig(RegionTokenizerConfig):
     """Configuration of DART with a ViT (DeiT) encoder. The defaults are the published DART-DeiT-Ti.
 
-    The tokenizer's settings are those of [`RegionTokenizerConfig`]; the encoder's are transformers' own names.
+    The tokenizer's settings are those of [`RegionTokenizerConfig`]; the encoder's are transformers' own names, and:
+
+    Args:
+        distillation_token: Whether a distillation token (arXiv 2012.12877) stands between the class token and the
+            regions.
+        distillation_head: Whether a second classifier reads the distillation token. The model's logits are then the
+            mean of both.
 
     Example:
 
@@ -111,6 +117,7 @@ class DartConfig(RegionTokenizerConfig):
     """
 
     model_type = "dart"
+    keys_to_ignore_at_inference = ["regions", "cls_logits", "distillation_logits"]
 
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
@@ -121,6 +128,8 @@ class DartConfig(RegionTokenizerConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-6
+    distillation_token: bool = False
+    distillation_head: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -134,6 +143,8 @@ class DartConfig(RegionTokenizerConfig):
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}."
             )
+        if self.distillation_head and not self.distillation_token:
+            raise ValueError("distillation_head=True needs distillation_token=True, the token that the head reads.")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "DartConfig":

@@ -37,9 +37,16 @@ class DartModelOutput(BaseModelOutputWithPooling):
 
 @dataclass
 class DartImageClassifierOutput(ImageClassifierOutput):
-    """[`ImageClassifierOutput`] and, on request, the regions of the tokens."""
+    """[`ImageClassifierOutput`]; on request the regions of the tokens; and what a model with a distillation head has.
+
+    Args:
+        cls_logits, distillation_logits: (B, num_labels) of the class token's and of the distillation token's
+            classifier; `logits` is their mean. None without a distillation head.
+    """
 
     regions: Regions | None = None
+    cls_logits: torch.FloatTensor | None = None
+    distillation_logits: torch.FloatTensor | None = None
 
 
 def eager_attention_forward(
@@ -167,6 +174,8 @@ class DartPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, DartModel):
             init.trunc_normal_(module.cls_token, std=std)
+            if module.distillation_token is not None:
+                init.trunc_normal_(module.distillation_token, std=std)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
@@ -234,6 +243,10 @@ class DartModel(DartPreTrainedModel):
         super().__init__(config)
         self.tokenizer = RegionTokenizer(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        # It always comes first but one, so its position is part of it and the position table has no row for it.
+        self.distillation_token = (
+            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         # Stochastic depth grows linearly with depth, as in DeiT.
         deepest = max(config.num_hidden_layers - 1, 1)
@@ -259,11 +272,12 @@ class DartModel(DartPreTrainedModel):
             pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
             num_patches: Token budget N of this call; `config.num_patches` without it.
             output_regions: Whether to return where the tokens are.
-            class_token_only: Whether the last layer leaves out the other tokens, which are then missing from the
+            class_token_only: Whether the last layer leaves out the regions' tokens, which are then missing from the
                 result. It saves most of that layer's work.
 
         Returns:
-            `last_hidden_state` (B, 1 + N, D), the class token first, or (B, 1, D) with `class_token_only`;
+            `last_hidden_state` (B, 1 + N, D): the class token, then the regions, which are missing with
+            `class_token_only`. With `config.distillation_token` one token more, between the two.
             `pooler_output` (B, D), the normalised class token; `regions` on request.
 
         Raises:
@@ -284,28 +298,40 @@ class DartModel(DartPreTrainedModel):
         class_token_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, 1 + N, D).
+        """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, P + N, D).
 
-        With `class_token_only` (B, 1, D).
+        P counts the class token and, if there is one, the distillation token. With `class_token_only` (B, P, D).
         """
-        class_token = (self.cls_token.to(class_position.device) + class_position).expand(tokens.shape[0], -1, -1)
-        hidden_states = torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
+        prefix = self.cls_token.to(class_position.device) + class_position
+        if self.distillation_token is not None:
+            prefix = torch.cat([prefix, self.distillation_token.to(prefix.device)], dim=1)
+        hidden_states = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, **kwargs)
-        hidden_states = self.layers[-1](hidden_states, num_queries=1 if class_token_only else None, **kwargs)
+        num_queries = prefix.shape[1] if class_token_only else None
+        hidden_states = self.layers[-1](hidden_states, num_queries=num_queries, **kwargs)
         return self.layernorm(hidden_states)
 
 
 class DartForImageClassification(DartPreTrainedModel):
-    """DART with a linear classifier on the class token."""
+    """DART with a linear classifier on the class token.
+
+    With `config.distillation_head` a second one reads the distillation token, and the logits are the mean of both, in
+    training too: whoever fine-tunes on labels trains both. A distillation loss finds them apart in the outputs.
+    """
 
     def __init__(self, config: DartConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.dart = DartModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = self._build_classifier(config)
+        self.distillation_classifier = self._build_classifier(config) if config.distillation_head else None
         self.post_init()
+
+    @staticmethod
+    def _build_classifier(config: DartConfig) -> nn.Module:
+        return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
     @can_return_tuple
     def forward(
@@ -325,7 +351,8 @@ class DartForImageClassification(DartPreTrainedModel):
             output_regions: Whether to return where the tokens are.
 
         Returns:
-            `logits` (B, num_labels); `loss` with labels; `regions` on request.
+            `logits` (B, num_labels); `loss` with labels; `regions` on request. With a distillation head also
+            `cls_logits` and `distillation_logits` (B, num_labels), whose mean the logits are.
 
         Raises:
             ValueError: There is not one label per image; or see [`RegionTokenizer.forward`].
@@ -343,6 +370,11 @@ class DartForImageClassification(DartPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
+        cls_logits = distillation_logits = None
+        if self.distillation_classifier is not None:
+            cls_logits = logits
+            distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+            logits = (cls_logits + distillation_logits) / 2
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
@@ -352,6 +384,8 @@ class DartForImageClassification(DartPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             regions=outputs.regions,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
         )
 
     def _returns_more_than_logits(self, kwargs: Mapping[str, Any]) -> bool:

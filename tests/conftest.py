@@ -7,12 +7,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import golden
 import pytest
 import torch
+from hub_server import HubServer
 
 from dart_hf.conversion.original import VARIANTS, convert_checkpoint
 
@@ -48,3 +49,10 @@ def converted(stand_in, tmp_path_factory) -> Callable[[str], Path]:
 
     yield convert
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A Hub of its own for a test."""
+    with HubServer() as server:
+        yield server

@@ -2,13 +2,16 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
 import torch
+from datasets import enable_progress_bars
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
@@ -21,7 +24,7 @@ from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, 
 from dart_hf.cli import app
 from dart_hf.modeling.region_scorer import RegionScorer
 
-COMMANDS = ["quickstart", "convert", "predict", "visualize", "benchmark", "export"]
+COMMANDS = ["quickstart", "convert", "predict", "visualize", "benchmark", "export", "evaluate", "calibrate", "publish"]
 LABELS = ["cup", "cat", "rocket"]
 
 
@@ -31,6 +34,7 @@ def logging_as_before():
     yield
     logging.set_verbosity(verbosity)
     (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+    enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +66,21 @@ def processor() -> DartImageProcessor:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, model, processor) -> Path:
-    """The working folder: the pictures cup.png, cat.png, half.png, text.png, the model `model`, and unusable ones."""
+    """The working folder: pictures, data sets of them, the model `model`, and unusable ones."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(data.coffee()).save("cup.png")
     Image.fromarray(data.chelsea()).save("cat.png")
     Path("half.png").write_bytes(Path("cup.png").read_bytes()[:5000])
     Path("text.png").write_text("not an image")
+    for split, label, number in product(("train", "test"), ("Cat", "cup"), range(2)):
+        Path("photos", split, label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"{label.lower()}.png", f"photos/{split}/{label}/{number}.png")
+    for name, picture in (("damaged", "half.png"), ("other", "cup.png")):
+        shutil.copytree("photos", name)
+        Path(name, "test", "dog").mkdir()
+        shutil.copy(picture, f"{name}/test/dog/0.png")
+    Path("damaged/test/dog/0.png").rename("damaged/test/cup/5.png")
+    Path("damaged/test/dog").rmdir()
     for name in ("model", "incomplete", "too-large"):
         model.save_pretrained(name)
         processor.save_pretrained(name)
@@ -145,6 +158,41 @@ def test_visualize_writes_a_picture(folder, name):
     assert Image.open("scores.png").width > 1.5 * Image.open("plain.png").width
 
 
+def test_evaluate_prints_a_table_and_writes_results(folder):
+    result = run(
+        *["evaluate", "--model", "model", "--data", "photos", "--num-patches", "9,16", "--batch-size", "3"],
+        *["--output", "evaluation.json", "--plot", "plot.png"],
+    )
+    assert result.exit_code == 0
+    results = json.loads(Path("evaluation.json").read_text())
+    assert results["data"] == {"source": "photos", "subset": None, "split": "test"}
+    assert (results["num_images"], results["score_normalization"], results["batch_size"]) == (4, "image", 3)
+    assert [budget["num_patches"] for budget in results["budgets"]] == [9, 16]
+    rule, about, heads, *rows, wrote_json, wrote_plot = result.stdout.splitlines()
+    assert "'image' in place of the model's own, 'batch'" in rule
+    assert about.startswith("4 images of photos (test); ")
+    assert heads.split() == ["tokens", "top-1", "top-5", "images/s"]
+    for row, budget in zip(rows, results["budgets"], strict=True):
+        assert row.split()[:3] == [str(budget["num_patches"]), f"{budget['top1']:.2%}", "–"]
+    assert (wrote_json, wrote_plot) == ("Wrote evaluation.json", "Wrote plot.png")
+    assert Image.open("plot.png").width > 100
+
+
+def test_evaluate_leaves_out_what_cannot_be_read(folder):
+    result = run("evaluate", "--model", "model", "--data", "damaged", "--skip-unreadable")
+    assert result.exit_code == 0
+    assert "1 more could not be read and are left out." in result.stdout.splitlines()
+
+
+def test_calibrate_writes_a_model(folder):
+    result = run("calibrate", "--model", "model", "--data", "photos", "--output", "calibrated", "--limit", "3")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Wrote calibrated: scores of 3 images have mean ")
+    result = run("evaluate", "--model", "calibrated", "--data", "photos")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].endswith("score normalisation 'running'")
+
+
 def test_convert_writes_a_model(stand_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(data.coffee()).save("cup.png")
@@ -185,6 +233,8 @@ def test_options_reach_the_library(monkeypatch, module, function, arguments, exp
 
 PREDICT = ["predict", "cup.png", "--model"]
 VISUALIZE = ["visualize", "cup.png", "--model", "model", "--output"]
+EVALUATE = ["evaluate", "--model", "model", "--data"]
+CALIBRATE = ["calibrate", "--model", "model", "--data"]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +263,24 @@ VISUALIZE = ["visualize", "cup.png", "--model", "model", "--output"]
         (["convert", "none.pth", "--output", "out"], "none.pth"),
         (["convert", "text.png", "--output", "out"], "text.png"),
         (["quickstart", "--steps", "0"], "--steps"),
+        ([*EVALUATE, "photos", "--split", "dev"], "'photos' has no split 'dev'; it has 'train', 'test'"),
+        ([*EVALUATE, "empty"], "'empty' has no images"),
+        ([*EVALUATE, "./none"], "there is no folder './none'"),
+        ([*EVALUATE, "other"], "1 of the data's 3 classes ('dog') are none of the model's 3 ('cup', 'cat', 'rocket')"),
+        ([*EVALUATE, "damaged"], "cup/5.png' cannot be read"),
+        ([*EVALUATE, "damaged", "--workers", "1"], "cup/5.png' cannot be read"),
+        ([*EVALUATE, "photos", "--num-patches", "121,abc"], "num_patches must be whole numbers of at least 1"),
+        ([*EVALUATE, "photos", "--num-patches", "0"], "num_patches must be whole numbers of at least 1"),
+        ([*EVALUATE, "photos", "--score-normalization", "layer"], "running, image, batch, got 'layer'"),
+        ([*EVALUATE, "photos", "--score-normalization", "running"], "needs statistics, and the model has none"),
+        ([*EVALUATE, "photos", "--output", "none/out.json"], "output: there is no folder 'none'"),
+        ([*EVALUATE, "photos", "--plot", "out.doc"], "'out.doc': its name must end in one of"),
+        (["evaluate", "--model", "vit", "--data", "photos"], "'vit', not a DART model"),
+        (["evaluate", "--model", "encoder", "--data", "photos"], "'encoder' has no classifier: it is DartModel"),
+        ([*CALIBRATE, "damaged", "--split", "test", "--output", "out"], "cup/5.png' cannot be read"),
+        ([*CALIBRATE, "photos", "--split", "dev", "--output", "out"], "'photos' has no split 'dev'"),
+        ([*CALIBRATE, "photos", "--output", "model"], "model is not empty"),
+        ([*CALIBRATE, "photos"], "--output"),
         (["paint"], "paint"),
         (["--paint"], "--paint"),
     ],

@@ -4,47 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 
-WITHOUT_DART_HF = """
-import json, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "dart_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-folder, resaved = sys.argv[1:]
-
-import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
-
-model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-bare = AutoModel.from_pretrained(folder, trust_remote_code=True)
-pixels = torch.linspace(-1, 1, 3 * 32 * 32).sin().view(1, 3, 32, 32)
-model.save_pretrained(resaved)
-processor.save_pretrained(resaved)
-again = AutoModelForImageClassification.from_pretrained(resaved, trust_remote_code=True)
-image = torch.zeros(3, 40, 50, dtype=torch.uint8).numpy().transpose(1, 2, 0)
-from PIL import Image
-classify = pipeline("image-classification", model=folder, trust_remote_code=True)
-with torch.no_grad():
-    print(json.dumps({
-        "classes": [type(x).__module__.split(".")[0] for x in (model, processor, bare)],
-        "logits": model(pixels).logits[0].tolist(),
-        "again": again(pixels).logits[0].tolist(),
-        "pooled": bare(pixels).pooler_output[0].tolist(),
-        "processed": list(processor(image, return_tensors="pt")["pixel_values"].shape),
-        "labels": len(classify(Image.fromarray(image))),
-        "dart_hf": "dart_hf" in sys.modules,
-    }))
-"""
+SCRIPT = Path(__file__).with_name("without_dart_hf.py")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +36,7 @@ def test_loads_without_dart_hf(model, tmp_path):
     DartImageProcessor().save_pretrained(folder)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DART_HF, str(folder), str(resaved)],
+        [sys.executable, "-P", SCRIPT, folder, resaved],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

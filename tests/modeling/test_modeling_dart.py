@@ -641,3 +641,82 @@ def test_a_refused_grid_budget_changes_nothing():
     with pytest.raises(ValueError, match="does not fill"):
         model(pixels(), num_patches=13)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- distillation token and head -------------------------------------------------------------------------------------
+
+
+DISTILLED = {"distillation_token": True, "distillation_head": True}
+
+
+def test_the_logits_of_a_distilled_model_are_the_mean_of_its_two_heads():
+    model = make_model(**DISTILLED).train()
+    labels = torch.tensor([0, 1, 4])
+    for training in (True, False):
+        out = model.train(training)(pixels(), labels=labels)
+        assert not torch.allclose(out.cls_logits, out.distillation_logits, atol=1e-2)
+        torch.testing.assert_close(out.logits, (out.cls_logits + out.distillation_logits) / 2)
+        torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
+    plain = make_model()(pixels())
+    assert plain.cls_logits is None and plain.distillation_logits is None
+
+
+def test_each_head_reads_its_own_token():
+    model = make_model(**DISTILLED)
+    hidden = model.dart(pixels()).last_hidden_state
+    out = model(pixels())
+    assert hidden.shape == (3, 1 + 1 + 9, 32)
+    torch.testing.assert_close(out.cls_logits, model.classifier(hidden[:, 0]))
+    torch.testing.assert_close(out.distillation_logits, model.distillation_classifier(hidden[:, 1]))
+    prefix = model.dart(pixels(), class_token_only=True).last_hidden_state
+    torch.testing.assert_close(prefix, hidden[:, :2], rtol=1e-4, atol=1e-5)
+
+
+def test_the_distillation_token_is_one_more_token_without_a_position():
+    model, plain = make_model(**DISTILLED), make_model()
+    tokens, class_position = torch.randn(2, 9, 32), torch.randn(1, 1, 32)
+    token = model.dart.distillation_token
+    assert token.shape == (1, 1, 32) and token.std() > 0
+    plain.dart.load_state_dict(model.dart.state_dict(), strict=False)
+    found = model.dart.encode(tokens, class_position)
+    expected = plain.dart.encode(torch.cat([token.expand(2, -1, -1), tokens], dim=1), class_position)
+    torch.testing.assert_close(found, expected)
+    assert model.dart.tokenizer.position_embeddings.shape == plain.dart.tokenizer.position_embeddings.shape
+
+
+def test_a_distillation_token_may_have_no_head():
+    model = make_model(distillation_token=True)
+    out = model(pixels())
+    assert model.distillation_classifier is None and out.distillation_logits is None
+    torch.testing.assert_close(out.logits, model.classifier(model.dart(pixels()).pooler_output))
+    with pytest.raises(ValueError, match="distillation_head=True needs distillation_token=True"):
+        make_config(distillation_head=True)
+
+
+def test_the_loss_reaches_both_heads_and_the_distillation_token():
+    model = make_model(**DISTILLED, num_labels=4).train()
+    model(**bright_corner(8, seed=1)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_distilled_model_saves_and_loads(tmp_path):
+    model = make_model(**DISTILLED)
+    model.save_pretrained(tmp_path)
+    loaded = DartForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
+    fresh = DartForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert fresh(pixels()).distillation_logits.shape == (3, 3)
+
+
+def test_the_trainers_predictions_of_a_distilled_model_are_its_logits(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    model = DartForImageClassification(make_config(**DISTILLED, num_labels=4))
+    assert Trainer(model, arguments).predict(Corners()).predictions.shape == (16, 4)
+
+
+def test_a_distilled_model_compiles_as_one_graph():
+    torch.compiler.reset()
+    model = make_model(**DISTILLED)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels()).logits, model(pixels()).logits, rtol=1e-3, atol=1e-3)
