@@ -57,6 +57,22 @@ def test_files_in_subfolders_count(tmp_path):
     assert latest_complete_checkpoint(tmp_path) is None
 
 
+def test_everything_is_flushed_before_it_counts(folder, monkeypatch):
+    checkpoint = folder / "checkpoint-12"
+    (checkpoint / MARKER).unlink()
+    flush, before, after = checkpoints._flush, set(), set()
+
+    def record(path):
+        (after if is_complete(checkpoint) else before).add(path)
+        flush(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", record)
+    files = set(checkpoint.iterdir())
+    checkpoints._mark_complete(checkpoint)
+    assert before == files | {folder, checkpoint, checkpoint / f".{MARKER}.unfinished"}
+    assert after == {checkpoint}
+
+
 def test_the_latest_has_the_most_steps(folder):
     assert latest_complete_checkpoint(folder) == folder / "checkpoint-12"
     assert latest_complete_checkpoint(str(folder)) == folder / "checkpoint-12"
@@ -211,9 +227,9 @@ def test_an_evaluation_draws_from_no_random_numbers_of_the_training(tmp_path):
 
 
 def test_resuming_where_the_training_ended_trains_nothing(trained, tmp_path):
-    trainer = tiny_trainer(tmp_path, [], max_steps=10)
-    resume_training(trainer, trained / "checkpoint-12")
-    assert trainer.state.global_step == 12
+    trainer = tiny_trainer(tmp_path, [], max_steps=9)
+    resume_training(trainer, trained / "checkpoint-9")
+    assert trainer.state.global_step == 9
     assert not list(tmp_path.glob("checkpoint-*"))
     # The trainer is as it was.
     assert len(trainer.get_train_dataloader()) == 6
