@@ -1,13 +1,14 @@
-"""Pretrained ViT and DeiT classifiers of transformers and timm -> DART models to fine-tune.
+"""Pretrained ViTs and DeiTs of transformers and timm, with a classifier or without -> DART models to fine-tune.
 
 DART with one equal region for each of a ViT's patches is that ViT: the same weights give the same logits. From there,
-with a scorer, fine-tuning starts that lets the regions follow the content.
+with a scorer, fine-tuning starts that lets the regions follow the content. An encoder is a classifier of no classes
+here, whose logits are the class token's normalised features.
 """
 
 import math
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.data.transforms import str_to_pil_interp
@@ -25,22 +26,18 @@ from timm.layers import Attention, Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dart_hf.conversion.original import read_checkpoint
 from dart_hf.conversion.tensors import TIMM_VIT_NAMES, NameTable, Tensors, check_tensors, renamed_tensors
 from dart_hf.folders import check_unused, complete_folder
+from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification
 from dart_hf.modeling.region_partition import PARTITIONS
+from dart_hf.prediction import load_config
 
 logger = logging.get_logger(__name__)
 
@@ -57,17 +54,18 @@ def convert_vit(
     score_grid_size: int = 14,
     say: Callable[[str], None] = logger.warning,
 ) -> Path:
-    """Convert a ViT or DeiT image classifier into a folder with model, configuration and image processor.
+    """Convert a ViT or DeiT into a folder with model, configuration and image processor.
 
-    With `partition="uniform"` and as many tokens as the source has patches, the model computes the source's logits;
-    nothing is written unless it does. A position table of another size than `score_grid_size` is resampled after that,
-    and changes them.
+    With `partition="uniform"` and as many tokens as the source has patches, the model computes the source's logits, to
+    1e-4 of the largest, or of 1 where all are smaller; nothing is written unless it does. A position table of another
+    size than `score_grid_size` is resampled after that, and changes them. Of a source without a classifier the class
+    token's normalised features are compared, and the result is a [`DartModel`].
 
     Args:
-        source: A folder or Hub id of a `ViTForImageClassification`, `DeiTForImageClassification` or
-            `DeiTForImageClassificationWithTeacher` of transformers, or of a plain or distilled ViT of timm, such as
-            `timm/deit_tiny_patch16_224.fb_in1k`; `timm/deit_tiny_patch16_224` stands for timm's default weights of that
-            name. A folder that exists is a folder.
+        source: A folder or Hub id of a `ViTModel`, `DeiTModel`, `ViTForImageClassification`,
+            `DeiTForImageClassification` or `DeiTForImageClassificationWithTeacher` of transformers, or of a plain or
+            distilled ViT of timm, such as `timm/deit_tiny_patch16_224.fb_in1k`; `timm/deit_tiny_patch16_224` stands
+            for timm's default weights of that name. A folder that exists is a folder.
         output: Folder to write; it must not exist or be empty. It appears complete or not at all.
         partition: `config.partition` of the result: `"uniform"`, `"flow"` or `"grid"`.
         scorer: The scorer's trunk (see [`DartConfig`]); without it that of the preset of about this width.
@@ -80,8 +78,8 @@ def convert_vit(
         `output` as a path.
 
     Raises:
-        ValueError: An argument is out of range; the source is no such classifier, has something that DART does not
-            have, or is damaged or incomplete.
+        ValueError: An argument is out of range; the source is no such model, has something that DART does not have,
+            or is damaged or incomplete.
         OSError: The source or the trunk's weights cannot be found or downloaded, or `output` is in use.
     """
     if partition not in PARTITIONS:
@@ -90,7 +88,22 @@ def convert_vit(
         raise ValueError(f"score_grid_size must be at least 1, got {score_grid_size}.")
     output = Path(output)
     check_unused(output)
+    model, processor = dart_from_vit(source, partition, scorer, scorer_weights, score_grid_size, say)
+    with complete_folder(output) as folder:
+        (model if model.num_labels else model.dart).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return output
 
+
+def dart_from_vit(
+    source: str | os.PathLike,
+    partition: str = "uniform",
+    scorer: str | None = None,
+    scorer_weights: str | os.PathLike | None = None,
+    score_grid_size: int = 14,
+    say: Callable[[str], None] = logger.warning,
+) -> tuple[DartForImageClassification, DartImageProcessor]:
+    """What [`convert_vit`] writes, with its arguments and errors; without labels where the source has no classifier."""
     vit = read_vit(source)
     model = _build_dart(vit, scorer)
     _check_logits(model, vit)
@@ -108,10 +121,7 @@ def convert_vit(
             f"The scorer {model.config.scorer!r} has no weights yet: call model.load_pretrained_scorer(), or convert "
             "with scorer weights, before training with partition='flow'."
         )
-    with complete_folder(output) as folder:
-        model.save_pretrained(folder)
-        DartImageProcessor(**vit.preparation).save_pretrained(folder)
-    return output
+    return model, DartImageProcessor(**vit.preparation)
 
 
 # The model --------------------------------------------------------------------------------------------------------
@@ -119,14 +129,15 @@ def convert_vit(
 
 @dataclass(frozen=True)
 class ViT:
-    """What DART needs of a ViT classifier.
+    """What DART needs of a ViT.
 
     Args:
         settings: Of the `DartConfig`, without those of partition and scorer.
         tensors: By the source's names. The position table has one row for the class token and one for each patch.
         names: From our tensor names to the source's.
         preparation: Settings of the `DartImageProcessor` that prepares images as the source's does.
-        classify: Pixel values (B, C, H, W) of the source's image size -> logits (B, num_labels).
+        classify: Pixel values (B, C, H, W) of the source's image size -> logits (B, num_labels); the class token's
+            normalised features (B, D) where there are no labels.
     """
 
     settings: dict[str, Any]
@@ -170,8 +181,8 @@ def _check_logits(model: DartForImageClassification, vit: ViT) -> None:
     # Written so that NaN is refused.
     if not deviation <= TOLERANCE:
         raise ValueError(
-            f"source: DART with its weights gives other logits, by {deviation:.2%} of the largest: it computes "
-            "something that DART does not."
+            f"source: DART with its weights gives other {'logits' if model.num_labels else 'features'}, by "
+            f"{deviation:.2%} of the largest: it computes something that DART does not."
         )
 
 
@@ -186,11 +197,8 @@ def _resample_positions(model: DartForImageClassification, grid_size: int) -> No
 
 def read_vit(source: str | os.PathLike) -> ViT:
     """Read a source of [`convert_vit`], which says what it may be and what is raised."""
-    name = _folder_or_id(source)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _with_reason(f"source: {name!r} cannot be read", error) from error
+    name = _with_timms_tag(os.fspath(source))
+    config = load_config(name)
     if config.model_type == "timm_wrapper":
         return _read_timm(_timm_folder(name), config)
     if config.model_type not in ("vit", "deit"):
@@ -198,35 +206,34 @@ def read_vit(source: str | os.PathLike) -> ViT:
     return _read_transformers(name, config)
 
 
-def _folder_or_id(source: str | os.PathLike) -> str:
-    """An existing folder, or a Hub id: that of the default weights where timm's name is given without their tag."""
-    name = os.fspath(source)
-    if Path(name).is_dir():
-        if not Path(name, "config.json").is_file():
-            raise FileNotFoundError(f"source: the folder {name!r} holds no model: it has no config.json.")
-        return name
-    if Path(name).is_file():
-        raise NotADirectoryError(f"source: {name!r} is a file; give the model's folder, or its id on the Hub.")
-    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name):
-        raise FileNotFoundError(f"source: there is no folder {name!r}.")
+def _with_timms_tag(name: str) -> str:
+    """The Hub id of the default weights where timm's name is given without their tag; other names as they are."""
     owner, _, model = name.rpartition("/")
-    if owner == "timm" and "." not in model and timm.is_model(model):
-        return f"timm/{model}.{timm.get_pretrained_cfg(model).tag}"
+    if owner == "timm" and "." not in model and timm.is_model(model) and not Path(name).exists():
+        return f"{name}.{timm.get_pretrained_cfg(model).tag}"
     return name
 
 
-def _with_reason(problem: str, error: Exception) -> OSError | ValueError:
-    """A problem and the first sentence of what was raised because of it."""
-    reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".:")
-    return (OSError if isinstance(error, OSError) else ValueError)(f"{problem}: {reason}.")
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what of the source could not be had, or is unusable, and why."""
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        raise OSError(f"source: {what} cannot be had: {_first_sentence(error)}.") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"source: {what} cannot be used: {_first_sentence(error)}.") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """The reason without the libraries' advice, which is for their own callers."""
+    return hub_reason(error).partition(". ")[0]
 
 
 def _common_settings(
     config: PreTrainedConfig, image_size: int | Sequence[int], patch_size: int | Sequence[int]
 ) -> dict[str, Any]:
     """The labels, and the sides of image and patch, which have to be square and fit each other."""
-    if not config.id2label:
-        raise ValueError("source: it has no classifier: its number of labels is 0.")
     sides = {}
     for name, size in (("image_size", image_size), ("patch_size", patch_size)):
         height, width = (size, size) if isinstance(size, int) else size
@@ -301,8 +308,8 @@ PREPARATION = (
 
 
 def _read_transformers(name: str, config: PreTrainedConfig) -> ViT:
-    common = _common_settings(config, config.image_size, config.patch_size)
     classifier = _load_transformers(name, config)
+    common = _common_settings(config, config.image_size, config.patch_size)
     tensors = {}
     for key, tensor in classifier.state_dict().items():
         key = key.removeprefix(f"{classifier.base_model_prefix}.")
@@ -327,12 +334,16 @@ def _read_transformers(name: str, config: PreTrainedConfig) -> ViT:
 
 
 def _load_transformers(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The classifier in float32 and in evaluation mode, every weight of it from the checkpoint."""
+    """The classifier in float32 and in evaluation mode, every weight of it from the checkpoint.
+
+    An encoder becomes one without labels, in `config` too.
+    """
     architecture = (config.architectures or ["an unknown class"])[0]
-    if "ForImageClassification" not in architecture:
-        raise ValueError(f"source: {name!r} has no classifier: it is {architecture}.")
-    problem = f"source: the weights of {name!r} are damaged or do not fit its config.json"
-    try:
+    if architecture in ("ViTModel", "DeiTModel"):
+        config.num_labels = 0
+    elif "ForImageClassification" not in architecture:
+        raise ValueError(f"source: {name!r} is {architecture}; bare encoders and image classifiers are accepted.")
+    with _explained(f"the model {name!r}"):
         classifier, loading = AutoModelForImageClassification.from_pretrained(
             name,
             config=config,
@@ -341,25 +352,23 @@ def _load_transformers(name: str, config: PreTrainedConfig) -> PreTrainedModel:
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise _with_reason(problem, error) from error
     misfits = {
         "missing": loading["missing_keys"],
-        # Some checkpoints have a pooler, which transformers' classifiers do not read.
+        # What transformers' encoders compute from the class token besides, and its classifiers do not.
         "unexpected": [key for key in loading["unexpected_keys"] if "pooler." not in key],
         "wrong shape": [key for key, *_ in loading["mismatched_keys"]],
     }
     for kind, keys in misfits.items():
         if keys:
-            raise ValueError(f"{problem}: {kind} {', '.join(sorted(keys)[:3])}.")
+            raise ValueError(
+                f"source: the weights of {name!r} do not fit its config.json: {kind} {', '.join(sorted(keys)[:3])}."
+            )
     return classifier.eval()
 
 
 def _transformers_preparation(name: str, num_channels: int, side: int) -> dict[str, Any]:
-    try:
+    with _explained(f"the image processor of {name!r}"):
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _with_reason(f"source: the image processor of {name!r} cannot be read", error) from error
     given = {setting: value for setting, value in processor.to_dict().items() if value is not None}
     known = (*PREPARATION, "do_center_crop", "do_convert_rgb")
     unknown = [setting for setting in given if setting.startswith("do_") and given[setting] and setting not in known]
@@ -422,7 +431,7 @@ def _timm_folder(name: str) -> Path:
     """The folder with a timm model's config.json and weights, downloaded if `name` is a Hub id."""
     if Path(name).is_dir():
         return Path(name)
-    try:
+    with _explained(f"the model {name!r}"):
         config = huggingface_hub.hf_hub_download(name, "config.json")
         try:
             huggingface_hub.hf_hub_download(name, TIMM_WEIGHTS[0])
@@ -430,17 +439,13 @@ def _timm_folder(name: str) -> Path:
             raise
         except EntryNotFoundError:
             huggingface_hub.hf_hub_download(name, TIMM_WEIGHTS[1])
-    except (OSError, ValueError) as error:
-        raise _with_reason(f"source: the weights of {name!r} cannot be had", error) from error
     return Path(config).parent
 
 
 def _read_timm(folder: Path, config: PreTrainedConfig) -> ViT:
     title = f"timm's {config.architecture!r}"
-    try:
+    with _explained(title):
         vit = timm.create_model(f"local-dir:{folder}", pretrained=False).eval()
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise _with_reason(f"source: {title} cannot be built from its config.json", error) from error
     _check_features(vit, title)
 
     weights = next((file for file in (folder / name for name in TIMM_WEIGHTS) if file.is_file()), None)
@@ -467,12 +472,13 @@ def _read_timm(folder: Path, config: PreTrainedConfig) -> ViT:
             "qkv_bias": block.attn.qkv.bias is not None,
             "layer_norm_eps": vit.norm.eps,
             "distillation_token": is_distilled,
-            "distillation_head": is_distilled,
+            "distillation_head": "head_dist.weight" in tensors,
         },
         tensors=tensors,
         names=TIMM_VIT_NAMES,
         preparation=_timm_preparation(vit, num_channels, common["image_size"]),
-        classify=vit,
+        # Without heads a distilled one would average its two tokens.
+        classify=vit if vit.num_classes else lambda pixel_values: vit.forward_features(pixel_values)[:, 0],
     )
 
 

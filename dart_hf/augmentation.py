@@ -1,13 +1,13 @@
 """Augmentation: what is random about a training batch, and where the random numbers come from.
 
-The numbers are drawn from one that each row carries, so that a batch is the same after a resume, in any number of
-worker processes, and whatever else draws random numbers. The augmentations are timm's and torchvision's.
+The numbers are drawn from one that each row carries, so that a batch is the same after a resume, whatever else draws
+random numbers. The augmentations are timm's and torchvision's.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import datasets
@@ -25,6 +25,7 @@ from dart_hf.modeling.image_processing_dart import DartImageProcessor
 AUGMENTATION_SEED = "augmentation_seed"
 # A stream is augmented repeatedly in pieces of this many rows, so that the copies of one image lie apart.
 STREAM_PIECE = 64
+SHUFFLE_BUFFER = 1000
 
 
 # Rows -------------------------------------------------------------------------------------------------------------
@@ -40,12 +41,12 @@ class SeededRows(torch.utils.data.Dataset):
     Stock `Trainer` takes it as `train_dataset`, with [`EpochCallback`] among its callbacks.
 
     Args:
-        rows: A map-style data set whose rows are dicts.
+        rows: A map-style data set, or a list, whose rows are dicts.
         seed: Of all the numbers.
         repeats: How often an image is in a batch.
     """
 
-    def __init__(self, rows: datasets.Dataset, seed: int = 0, repeats: int = 1) -> None:
+    def __init__(self, rows: Sequence[dict[str, Any]] | datasets.Dataset, seed: int = 0, repeats: int = 1) -> None:
         _check_repeats(repeats)
         self.rows = rows
         self.seed = seed
@@ -65,7 +66,8 @@ class SeededRows(torch.utils.data.Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of a batch; PyTorch's loader asks for all of them at once."""
         distinct = list(indices)[: -(-len(indices) // self.repeats)]
-        rows = list(zip(distinct, self.rows.__getitems__(distinct), strict=True))
+        whole = getattr(self.rows, "__getitems__", lambda indices: [self.rows[index] for index in indices])
+        rows = list(zip(distinct, whole(distinct), strict=True))
         # Copies of an image lie apart: mixup and cutmix pair neighbours.
         copies = [
             {**row, AUGMENTATION_SEED: combined_seed(self.seed, int(self._epoch), index, copy)}
@@ -76,36 +78,43 @@ class SeededRows(torch.utils.data.Dataset):
 
 
 class SeededStream(torch.utils.data.IterableDataset):
-    """[`SeededRows`] of a stream. Repeated augmentation makes an epoch that many times as long.
+    """[`SeededRows`] of a stream, shuffled a buffer at a time, that begins again whenever it ends.
+
+    For `Trainer`, which gets `max_steps`, it is a single epoch, so that a resumed training skips to the right row. With
+    several worker processes each has its own numbers.
 
     Args:
         rows: A streaming data set whose rows are dicts.
         seed, repeats: As in [`SeededRows`].
+        shuffle_buffer: How many rows to shuffle among; a stream that is sorted by class needs many.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, seed: int = 0, repeats: int = 1) -> None:
+    def __init__(
+        self, rows: datasets.IterableDataset, seed: int = 0, repeats: int = 1, shuffle_buffer: int = SHUFFLE_BUFFER
+    ) -> None:
         _check_repeats(repeats)
-        self.rows = rows
+        self.rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self.seed = seed
         self.repeats = repeats
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         worker_id = 0 if worker is None else worker.id
-        numbered = enumerate(self.rows)
-        while piece := list(islice(numbered, STREAM_PIECE)):
-            for copy in range(self.repeats):
-                for index, row in piece:
-                    yield {**row, AUGMENTATION_SEED: combined_seed(self.seed, self.epoch, worker_id, index, copy)}
+        for times in count():
+            self.rows.set_epoch(times)
+            numbered = enumerate(self.rows)
+            piece = list(islice(numbered, STREAM_PIECE))
+            if not piece:
+                return
+            while piece:
+                for copy in range(self.repeats):
+                    for index, row in piece:
+                        yield {**row, AUGMENTATION_SEED: combined_seed(self.seed, times, worker_id, index, copy)}
+                piece = list(islice(numbered, STREAM_PIECE))
 
 
 class EpochCallback(TrainerCallback):
-    """Tells [`SeededRows`] which epoch it is: accelerate does so for streams and on a single process alone."""
+    """Tells [`SeededRows`] which epoch it is: accelerate does so on a single process alone."""
 
     def on_epoch_begin(
         self,
@@ -175,7 +184,8 @@ def training_transform(
     Raises:
         ValueError: A probability or share is out of range, or `auto_augment` is no policy of timm's.
     """
-    for name, value in (("random_erasing", random_erasing), ("horizontal_flip", horizontal_flip)):
+    shares = {"random_erasing": random_erasing, "horizontal_flip": horizontal_flip, "color_jitter": color_jitter}
+    for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value}.")
     if not 0 < crop_scale <= 1:

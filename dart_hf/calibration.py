@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,13 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from dart_hf.data import IGNORED_LABEL, ImageClassificationCollator, load_image_data
-from dart_hf.evaluation import evenly_spread, image_batches
+from dart_hf.data import (
+    IGNORED_LABEL,
+    ImageClassificationCollator,
+    evenly_spread,
+    image_batches,
+    load_image_data,
+)
 from dart_hf.folders import check_unused, complete_folder
 from dart_hf.modeling.region_scorer import RegionScorer, batch_moments
 from dart_hf.prediction import load_model
@@ -84,6 +90,8 @@ def calibrate_scores(
         ValueError: The model does not look at its scores, its scorer is dead, or no image has usable scores.
         OSError: An image cannot be read.
     """
+    if not len(images):
+        raise ValueError("There is nothing to calibrate with: the data has no images.")
     if model.config.partition == "uniform":
         raise ValueError("A model with partition='uniform' does not look at its scores: there is nothing to calibrate.")
     model.require_scorer_weights()
@@ -145,7 +153,7 @@ def calibrate_model(
     workers: int = 0,
     progress: bool = False,
 ) -> Calibration:
-    """Load a model, calibrate its scores on a data set, and save it.
+    """Load a model, calibrate its scores on a data set, and save it, with the record of its training.
 
     Args:
         source: The model, as for [`load_model`]. It needs no classifier.
@@ -165,7 +173,10 @@ def calibrate_model(
     images = load_image_data(data, subset, train_split=split, needs_labels=False).train
     images = evenly_spread(images, limit)
     calibration = calibrate_scores(model, image_processor, images, batch_size, skip_unreadable, workers, progress)
+    record = Path(source) / "training.json"
     with complete_folder(output) as folder:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
+        if record.is_file():
+            shutil.copy(record, folder)
     return calibration

@@ -53,11 +53,12 @@ def latest_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
 
 
 def remove_incomplete_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """Delete every `checkpoint-N` that is not complete, and return which. For one process, before a training.
+    """Delete every `checkpoint-N` that was never complete, and return which. For one process, before a training.
 
-    A `Trainer` without [`CompleteCheckpointCallback`] leaves no complete ones: all of its checkpoints would go.
+    One that was, and has lost a file since, stays. A `Trainer` without [`CompleteCheckpointCallback`] leaves none that
+    was: all of its checkpoints would go.
     """
-    incomplete = [checkpoint for checkpoint in _checkpoints(folder) if not is_complete(checkpoint)]
+    incomplete = [checkpoint for checkpoint in _checkpoints(folder) if not (checkpoint / MARKER).exists()]
     for checkpoint in incomplete:
         _remove(checkpoint)
     return incomplete
@@ -158,6 +159,9 @@ class CompleteCheckpointCallback(TrainerCallback):
         if self.total_limit is None and (args.save_total_limit or 0) > 0:
             self.total_limit = args.save_total_limit
         args.save_total_limit = None
+        if state.best_model_checkpoint is not None:
+            # The output folder may have moved since.
+            state.best_model_checkpoint = os.path.join(args.output_dir, Path(state.best_model_checkpoint).name)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Saving the best is decided after the evaluation, when nobody asks the callbacks any more.
@@ -233,6 +237,9 @@ def resume_training(trainer: Trainer, checkpoint: str | os.PathLike | None) -> T
     Where the checkpoint is already the last, nothing is trained: the trainer gets its weights and its callbacks run.
     `Trainer` alone would take one step too many from there if `max_steps` was reached within an epoch.
     """
+    # Memory of PyTorch's own alignment, on which the last bits of a product can depend; loaded weights have another.
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
+        tensor.data = tensor.data.clone()
     if checkpoint is None:
         return trainer.train()
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))

@@ -19,6 +19,9 @@ from dart_hf.version import __version__
 UsageError = typer.BadParameter.__bases__[0]
 
 
+INTERRUPTED = 130
+
+
 class _Commands(TyperGroup):
     """Commands whose users see their mistakes in one line."""
 
@@ -26,14 +29,17 @@ class _Commands(TyperGroup):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **settings)
         try:
-            sys.exit(super().main(*args, standalone_mode=False, **settings))
+            exit_code = super().main(*args, standalone_mode=False, **settings)
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "dart-hf"
             _stop(f"{error.format_message().rstrip('.')}; see '{command} --help'.", 2)
         except (ValueError, OSError, ImportError) as error:
             _stop(str(error) or type(error).__name__, 2)
         except typer.Abort:
-            _stop("stopped", 130)
+            exit_code = INTERRUPTED
+        if exit_code == INTERRUPTED:
+            _stop("stopped", INTERRUPTED)
+        sys.exit(exit_code)
 
 
 def _stop(message: str, exit_code: int) -> NoReturn:
@@ -111,7 +117,7 @@ def convert(
         typer.Argument(
             metavar="SOURCE",
             help="--from dart: a file of the authors, or their Hub repository, yinkx3/DART. --from vit: the folder or "
-            "Hub id of a ViT or DeiT image classifier of transformers or timm.",
+            "Hub id of a ViT or DeiT of transformers or timm, with a classifier or without.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes; a new or empty folder.")],
@@ -128,7 +134,8 @@ def convert(
     partition: Annotated[
         str | None,
         typer.Option(
-            metavar="uniform|flow", help="vit: uniform, the default, computes what the ViT does; flow is to be trained."
+            metavar="uniform|flow|grid",
+            help="vit: uniform, the default, computes what the ViT does; flow is to be trained.",
         ),
     ] = None,
     scorer: Annotated[
@@ -358,9 +365,6 @@ def publish(
         Path | None,
         typer.Option(metavar="IMAGE", help="For the page's widget; without this option FOLDER/example.png, if any."),
     ] = None,
-    replace_card: Annotated[
-        bool, typer.Option("--replace-card", help="Write a new model card over one that somebody wrote.")
-    ] = False,
 ) -> None:
     """Publish a model on the Hugging Face Hub, in one commit, and load it back to compare.
 
@@ -369,24 +373,32 @@ def publish(
     _quiet_loading()
     from dart_hf.publishing import publish as publish_model
 
-    done = publish_model(
-        folder,
-        repo_id,
-        private=private or None,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=message,
-        license=license,
-        example=example,
-        replace_card=replace_card,
-    )
+    try:
+        done = publish_model(
+            folder,
+            repo_id,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=message,
+            license=license,
+            example=example,
+        )
+    except KeyboardInterrupt as stop:
+        # What there is on the Hub by now.
+        typer.echo("\n".join(getattr(stop, "__notes__", [])), err=True)
+        raise
     if not done.is_new:
         typer.echo(f"The Hub has this model already: {done.url}, commit {done.commit}")
     else:
         typer.echo(f"Published {done.pull_request or done.url}, commit {done.commit}")
     typer.echo("Loaded back from there, it gives the logits of the local model.")
     if done.keeps_card_text:
-        typer.echo("The model card keeps its own text; --replace-card writes a new one.")
+        typer.echo("The model card keeps the text that somebody wrote; without its README.md there is a new one.")
+    if done.omits_evaluation:
+        typer.echo(
+            f"Left out: {folder / 'evaluation.json'} is not of these weights; 'dart-hf evaluate' writes it anew."
+        )
     if done.license is None:
         typer.echo("The model card states no licence; --license names one.")
 

@@ -16,10 +16,14 @@ import datasets
 import PIL.Image
 import torch
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HTTPError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
 from dart_hf.augmentation import AUGMENTATION_SEED, combined_seed, seeded
+from dart_hf.hub_errors import hub_reason
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +93,12 @@ def load_image_data(
         OSError: The source does not exist or could not be had.
         ValueError: It has no images, no such split or column, or fewer than two classes.
     """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}.")
     splits = _splits(source, subset, streaming)
     if evaluation_split is None:
-        evaluation_split = next((name for name in EVALUATION_SPLITS if name in splits), None)
+        learned = (train_split or "").partition("[")[0]
+        evaluation_split = next((name for name in EVALUATION_SPLITS if name in splits and name != learned), None)
     train, evaluation = (
         None if name is None else _select_split(splits, name, argument, source)
         for name, argument in ((train_split, "train_split"), (evaluation_split, "evaluation_split"))
@@ -113,6 +120,9 @@ def load_image_data(
     train, evaluation = (
         None if split is None else _prepared(split, columns, label_names) for split in (train, evaluation)
     )
+    for split, name in ((train, train_split), (evaluation, evaluation_split)):
+        if needs_labels and isinstance(split, datasets.Dataset):
+            _check_labels(split, label_names, name, source)
     if evaluation is None and held_out and not streaming:
         parts = train.train_test_split(test_size=held_out, seed=0)
         train, evaluation = parts["train"], parts["test"]
@@ -121,34 +131,34 @@ def load_image_data(
 
 def _splits(source: str | os.PathLike, subset: str | None, streaming: bool) -> Mapping[str, Split]:
     name, path = os.fspath(source), Path(source)
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(
+            f"data: {name!r} is a file of unknown kind; accepted are folders, ids on the Hub, and files "
+            f"{', '.join(BUILDERS)}."
+        )
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(f"data: there is no folder {name!r}.")
     try:
         if path.is_file():
-            if path.suffix not in BUILDERS:
-                raise ValueError(
-                    f"data: {name!r} is a file of unknown kind; accepted are folders, ids on the Hub, and files "
-                    f"{', '.join(BUILDERS)}."
-                )
             return datasets.load_dataset(BUILDERS[path.suffix], data_files=name, streaming=streaming)
         if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)
             saved = saved if isinstance(saved, dict) else {"train": saved}
             return {key: split.to_iterable_dataset() for key, split in saved.items()} if streaming else saved
-        if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-            raise FileNotFoundError(f"data: there is no folder {name!r}.")
         return datasets.load_dataset(name, subset, streaming=streaming)
     except (datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError) as error:
         raise _no_images(name) from error
-    except DatasetNotFoundError as error:
+    except (OSError, HTTPError) as error:
+        if path.exists():
+            raise
+        # Of what the Hub said, datasets keeps nothing in this case.
+        advice = "; 'hf auth login' opens those that you may read" if isinstance(error, DatasetNotFoundError) else ""
         raise OSError(
-            f"data: there is no folder {name!r}, and no data set of that name on the Hub (or it is private: "
-            "log in with 'hf auth login')."
-        ) from error
-    except ConnectionError as error:
-        raise OSError(
-            f"data: there is no folder {name!r}, and the Hub could not be reached: {_first_line(error)}"
+            f"data: there is no folder {name!r}, and no such data set could be had from the Hub: {hub_reason(error)}"
+            f"{advice}."
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data: {name!r} could not be read: {_first_line(error.__cause__ or error)}") from error
+        raise ValueError(f"data: {name!r} could not be read: {hub_reason(error.__cause__ or error)}.") from error
 
 
 def _no_images(name: str) -> ValueError:
@@ -217,10 +227,17 @@ def _columns(
 
 def _label_names(splits: list[Split], column: str, given: Sequence[str] | None, source: str | os.PathLike) -> list[str]:
     feature = (splits[0].features or splits[0]._resolve_features().features)[column]
+    if isinstance(feature, datasets.ClassLabel):
+        for split in splits:
+            other = (split.features or split._resolve_features().features)[column].names
+            if other != (feature.names if given is None else list(given)):
+                raise ValueError(
+                    f"data: the classes of {str(source)!r} are {_named(feature.names)}, in this order, for all splits; "
+                    f"got {_named(other if given is None else given)}."
+                )
+        return list(feature.names)
     if given is not None:
         return list(given)
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
     if isinstance(splits[0], datasets.IterableDataset):
         raise ValueError(
             f"class_names: the stream {str(source)!r} does not tell its classes; give their names in the order of "
@@ -229,6 +246,8 @@ def _label_names(splits: list[Split], column: str, given: Sequence[str] | None, 
     values = sorted({value for split in splits for value in split.unique(column)})
     if all(isinstance(value, str) for value in values):
         return values
+    if len(values) == 1:
+        return [str(values[0])]
     if all(isinstance(value, Integral) and value >= 0 for value in values):
         return [str(index) for index in range(max(values) + 1)]
     raise ValueError(f"label_column: the labels in column {column!r} are neither names nor numbers from 0 on.")
@@ -236,16 +255,27 @@ def _label_names(splits: list[Split], column: str, given: Sequence[str] | None, 
 
 def _prepared(split: Split, columns: Mapping[str, str], label_names: list[str]) -> Split:
     """The columns `image` and `label` alone, the image undecoded and the label a number."""
+    # First, because a stream would decode what later steps see.
+    split = split.cast_column(columns["image"], datasets.Image(decode=False))
     split = split.select_columns(list(columns.values()))
     split = split.rename_columns({column: role for role, column in columns.items() if column != role})
     features = split.features or split._resolve_features().features
-    split = split.cast_column("image", datasets.Image(decode=False))
     if "label" not in columns or isinstance(features["label"], datasets.ClassLabel):
         return split
     if features["label"].dtype == "string":
         numbers = {name: number for number, name in enumerate(label_names)}
         return split.map(lambda row: {"label": numbers.get(row["label"], row["label"])}, remove_columns=["label"])
     return split
+
+
+def _check_labels(split: datasets.Dataset, label_names: list[str], name: str, source: str | os.PathLike) -> None:
+    """Find a label of no class, such as the -1 of test images without labels, before hours of training."""
+    wrong = [label for label in split.unique("label") if label not in range(len(label_names))]
+    if wrong:
+        raise ValueError(
+            f"data: the split {name!r} of {str(source)!r} has label {wrong[0]!r}, which is none of its "
+            f"{len(label_names)} classes."
+        )
 
 
 def _named(names: Mapping[str, Any] | Sequence[str]) -> str:
@@ -274,7 +304,8 @@ class ImageClassificationCollator:
             others.
         mix: Mixes a training batch: `pixel_values`, `labels` (B,) -> `pixel_values`, targets (B, num_labels).
         skip_unreadable: What to do with an image that cannot be read: leave it out of a training batch, and label it
-            -100, which losses and metrics ignore, in any other; or raise. `num_skipped` counts them.
+            -100, which losses and metrics ignore, in any other and where it is alone; or raise. `num_skipped` counts
+            them.
 
     Returns (as a callable):
         `pixel_values`; `labels` (B,) of int64, or (B, num_labels) of float32 where they are mixed.
@@ -282,7 +313,7 @@ class ImageClassificationCollator:
     Raises:
         ValueError: A row lacks a column, or its label is not an integer in range. Checked here because a model on an
             accelerator would have to wait for the device, or crash in its loss.
-        OSError: An image cannot be read, and none is to be skipped; or no image of a training batch can be read.
+        OSError: An image cannot be read, and none is to be skipped.
     """
 
     def __init__(
@@ -318,7 +349,11 @@ class ImageClassificationCollator:
             return self._evaluation_batch(images, labels)
         readable = [image is not None for image in images]
         if not any(readable):
-            raise OSError(f"None of the {len(rows)} images of a batch can be read.")
+            # Of the same form, and without weight in the loss.
+            batch = self._evaluation_batch(images, labels)
+            if self.mix is not None:
+                batch["labels"] = torch.full((len(labels), self.num_labels), float(IGNORED_LABEL))
+            return batch
         images, labels, seeds = (
             [entry for entry, keep in zip(entries, readable, strict=True) if keep]
             for entries in (images, labels, seeds)
@@ -358,7 +393,7 @@ class ImageClassificationCollator:
             name = repr(image["path"]) if image.get("path") else "that has no file name"
             message = f"The image {name} cannot be read: {_first_line(error)}"
             if not self.skip_unreadable:
-                raise OSError(f"{message}; unreadable images can be skipped.") from error
+                raise OSError(f"{message}; skip_unreadable=True (--skip-unreadable) leaves it out.") from error
         logger.warning(f"{message}; it is skipped.")
         worker = torch.utils.data.get_worker_info()
         self._skipped[0 if worker is None else 1 + worker.id % (NUM_COUNTERS - 1)] += 1
@@ -394,3 +429,41 @@ def without_worker_traceback() -> Iterator[None]:
         if not message.startswith("Caught ") or " in DataLoader worker process " not in message:
             raise
         raise type(error)(message.strip().splitlines()[-1].partition(": ")[2]) from error
+
+
+def image_batches(
+    data: datasets.Dataset,
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a data set in its order.
+
+    Args:
+        data: The rows.
+        collate: Rows -> a batch.
+        batch_size: Rows at a time; the last batch can be smaller.
+        workers: Processes that make batches besides this one.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        ValueError, OSError: What `collate` raises, from a worker too in its own words.
+    """
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    with (
+        without_worker_traceback(),
+        tqdm(total=len(data), unit="image", leave=False, disable=None if progress else True) as bar,
+    ):
+        for batch in loader:
+            yield batch
+            bar.update(len(batch["pixel_values"]))
+
+
+def evenly_spread(data: datasets.Dataset, limit: int | None) -> datasets.Dataset:
+    """At most `limit` rows, evenly spread: data sets often have one class after the other."""
+    if limit is None or limit >= len(data):
+        return data
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
+    return data.select([number * len(data) // limit for number in range(limit)])

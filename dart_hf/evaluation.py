@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +15,17 @@ import datasets
 import torch
 from matplotlib.figure import Figure
 from timm.data import ImageNetInfo
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from dart_hf.benchmark import Settings, command_line, machine
-from dart_hf.data import IGNORED_LABEL, ImageClassificationCollator, load_image_data, without_worker_traceback
+from dart_hf.data import (
+    IGNORED_LABEL,
+    ImageClassificationCollator,
+    evenly_spread,
+    image_batches,
+    load_image_data,
+)
+from dart_hf.folders import located, weights_digest
 from dart_hf.metrics import TOP, Accuracy, TopKAccuracy, likeliest_classes
 from dart_hf.pictures import checked_picture_path, save_figure
 from dart_hf.prediction import load_model
@@ -45,13 +50,13 @@ class BudgetResult:
         num_patches: The number.
         top1: Share of images whose class is the model's first answer, 0 to 1.
         top5: Share of images whose class is among the first five; None of a model with five classes or fewer.
-        images_per_second: Of the model's forward alone, see [`evaluate_classifier`].
+        images_per_second: Of the model's forward alone, see [`evaluate_classifier`]; None where no batch was full.
     """
 
     num_patches: int
     top1: float
     top5: float | None
-    images_per_second: float
+    images_per_second: float | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ class Evaluation:
     Args:
         num_images: How many images were classified.
         num_unreadable: How many could not be read and were left out.
-        score_normalization: The rule that the scores were standardised by.
+        score_normalization: The rule that the scores were standardised by; None of a model that has equal regions
+            whatever their scores.
+        scorer_is_dead: Whether the scores are those of a scorer that never got weights.
         device, dtype: Where the model ran, and the type of its weights.
         batch_size: Images at a time.
         budgets: By number of tokens.
@@ -69,7 +76,8 @@ class Evaluation:
 
     num_images: int
     num_unreadable: int
-    score_normalization: str
+    score_normalization: str | None
+    scorer_is_dead: bool
     device: str
     dtype: str
     batch_size: int
@@ -96,9 +104,8 @@ class _Tally:
         top1 = self.accuracy.compute()["accuracy"]
         top5 = self.top5_accuracy.compute()[f"top{TOP}_accuracy"] if num_labels > TOP else None
         # A smaller batch at the end, or one without its unreadable images, says little about speed.
-        full = [call for call in self.calls if call[0] == batch_size] or self.calls
-        images, seconds = (sum(column) for column in zip(*full, strict=True))
-        return BudgetResult(num_patches, top1, top5, images / seconds)
+        full = [seconds for images, seconds in self.calls if images == batch_size]
+        return BudgetResult(num_patches, top1, top5, batch_size * len(full) / sum(full) if full else None)
 
 
 def evaluate_classifier(
@@ -131,13 +138,14 @@ def evaluate_classifier(
             depends on the batch size and the order of the images. Without it the model's own. In place of `"batch"`
             that is `"image"`, which computes what `"batch"` gives when images come one at a time, as
             [`predict`](dart_hf.prediction.predict) has them come; and so it is in place of `"running"` before there
-            are any statistics.
+            are any statistics. Not for a model with `partition="uniform"`, which does not look at its scores.
         skip_unreadable: Whether to leave out images that cannot be read, instead of raising.
         workers: Processes that read images besides this one.
         progress: Whether to show a progress bar on a terminal.
 
     Raises:
-        ValueError: An argument is out of range, the labels do not match the model's, or no image can be read.
+        ValueError: An argument is out of range, the labels do not match the model's, or there is no image, or none
+            that can be read.
         OSError: An image cannot be read.
     """
     for name, value, least in (
@@ -149,6 +157,8 @@ def evaluate_classifier(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     if model.config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"Accuracy needs one class for each image; the model's task is {model.config.problem_type!r}.")
+    if not len(data):
+        raise ValueError("There is nothing to evaluate: the data has no images.")
     budgets = list(dict.fromkeys(budgets)) or [model.config.num_patches]
     rule = _rule_of_scores(model, score_normalization)
     classes = torch.tensor(match_labels(label_names, _class_names(model)))
@@ -170,7 +180,7 @@ def evaluate_classifier(
             turn = number % len(budgets)
             for budget in (*budgets[turn:], *budgets[:turn]):
                 if not tallies[budget].calls:
-                    model(pixel_values, num_patches=budget)
+                    _try_budget(model, pixel_values, budget)
                 logits, seconds = _timed_forward(model, pixel_values, budget)
                 tallies[budget].add(logits, classes[labels], seconds)
     if num_unreadable == len(data):
@@ -179,11 +189,25 @@ def evaluate_classifier(
         num_images=len(data) - num_unreadable,
         num_unreadable=num_unreadable,
         score_normalization=rule,
+        scorer_is_dead=rule is not None and model.scorer.is_dead,
         device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
         batch_size=batch_size,
         budgets=[tallies[budget].result(budget, model.config.num_labels, batch_size) for budget in budgets],
     )
+
+
+def _try_budget(model: PreTrainedModel, pixel_values: torch.Tensor, num_patches: int) -> None:
+    """The untimed first call, in which it shows whether there is memory for so many tokens."""
+    try:
+        model(pixel_values, num_patches=num_patches)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise ValueError(
+            f"num_patches: {num_patches} tokens for each of {len(pixel_values)} images need more memory than there is; "
+            "give fewer, or a smaller batch_size."
+        ) from error
 
 
 def _timed_forward(model: PreTrainedModel, pixel_values: torch.Tensor, num_patches: int) -> tuple[torch.Tensor, float]:
@@ -198,47 +222,6 @@ def _timed_forward(model: PreTrainedModel, pixel_values: torch.Tensor, num_patch
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-# Data -------------------------------------------------------------------------------------------------------------
-
-
-def image_batches(
-    data: datasets.Dataset,
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a data set in its order.
-
-    Args:
-        data: The rows.
-        collate: Rows -> a batch.
-        batch_size: Rows at a time; the last batch can be smaller.
-        workers: Processes that make batches besides this one.
-        progress: Whether to show a progress bar on a terminal.
-
-    Raises:
-        ValueError, OSError: What `collate` raises, from a worker too in its own words.
-    """
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
-    with (
-        without_worker_traceback(),
-        tqdm(total=len(data), unit="image", leave=False, disable=None if progress else True) as bar,
-    ):
-        for batch in loader:
-            yield batch
-            bar.update(len(batch["pixel_values"]))
-
-
-def evenly_spread(data: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """At most `limit` rows, evenly spread: data sets often have one class after the other."""
-    if limit is None or limit >= len(data):
-        return data
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}.")
-    return data.select([number * len(data) // limit for number in range(limit)])
 
 
 # Labels -----------------------------------------------------------------------------------------------------------
@@ -312,9 +295,15 @@ def _class_names(model: PreTrainedModel) -> list[str]:
 # Scores -----------------------------------------------------------------------------------------------------------
 
 
-def _rule_of_scores(model: PreTrainedModel, asked: str | None) -> str:
+def _rule_of_scores(model: PreTrainedModel, asked: str | None) -> str | None:
     if asked not in (None, *SCORE_NORMALIZATIONS):
         raise ValueError(f"score_normalization must be one of {', '.join(SCORE_NORMALIZATIONS)}, got {asked!r}.")
+    if model.config.partition == "uniform":
+        if asked is not None:
+            raise ValueError(
+                f"score_normalization: a model with partition='uniform' does not look at its scores, got {asked!r}."
+            )
+        return None
     has_statistics = model.scorer.statistics.num_batches_tracked.item() > 0
     if asked == "running" and not has_statistics:
         raise ValueError(
@@ -327,9 +316,9 @@ def _rule_of_scores(model: PreTrainedModel, asked: str | None) -> str:
 
 
 @contextmanager
-def _scores_standardized_by(model: PreTrainedModel, rule: str) -> Iterator[None]:
+def _scores_standardized_by(model: PreTrainedModel, rule: str | None) -> Iterator[None]:
     before = model.config.score_normalization
-    model.config.score_normalization = rule
+    model.config.score_normalization = rule or before
     try:
         yield
     finally:
@@ -367,8 +356,9 @@ def run_evaluation(
         say: Takes each line meant for the reader.
 
     Returns:
-        The fields of [`Evaluation`], and `model`, `data` (`source`, `subset`, `split`), `processor`, `threads`,
-        `command` and `versions`.
+        The fields of [`Evaluation`]; `model` and `data` (`source`, `subset`, `split`), as full paths where they are
+        here; `weights_sha256`, see [`weights_digest`], None unless the model's safetensors files are here;
+        `processor`, `threads`, `command` and `versions`.
 
     Raises:
         ValueError: An argument is out of range, the data has no such split, no images or other labels than the model,
@@ -379,6 +369,7 @@ def run_evaluation(
         checked_picture_path(plot)
     if output is not None:
         _check_writable(Path(output))
+    digest = weights_digest(Path(source)) if any(Path(source).glob("model*.safetensors")) else None
     model, image_processor = load_model(source)
     loaded = load_image_data(data, subset, train_split=None, evaluation_split=split)
     images = evenly_spread(loaded.evaluation, limit)
@@ -395,12 +386,13 @@ def run_evaluation(
         progress,
     )
     own = model.config.score_normalization
-    if score_normalization is None and evaluation.score_normalization != own:
+    if score_normalization is None and evaluation.score_normalization not in (None, own):
         say(REPLACED_RULES[own])
     where = machine(Settings(device=evaluation.device))
     results = {
-        "model": os.fspath(source),
-        "data": {"source": os.fspath(data), "subset": subset, "split": split or str(images.split)},
+        "model": located(os.fspath(source)),
+        "weights_sha256": digest,
+        "data": {"source": located(os.fspath(data)), "subset": subset, "split": split or str(images.split)},
         **asdict(evaluation),
         "processor": where["gpu"] or where["processor"],
         "threads": where["threads"],
@@ -431,18 +423,28 @@ def parse_budgets(text: str) -> list[int]:
 
 def table(results: dict[str, Any]) -> Iterator[str]:
     """The results as lines of text."""
-    data = results["data"]
+    data, rule = results["data"], results["score_normalization"]
     yield (
         f"{results['num_images']:,} images of {data['source']} ({data['split']}); {results['processor']}, "
-        f"{results['dtype']}, batch {results['batch_size']}; score normalisation {results['score_normalization']!r}"
+        f"{results['dtype']}, batch {results['batch_size']}; "
+        f"{f'score normalisation {rule!r}' if rule else 'equal regions'}"
     )
+    if results["scorer_is_dead"]:
+        yield "The scorer has no weights: these are results of regions that do not follow the image."
     if results["num_unreadable"]:
         yield f"{results['num_unreadable']:,} more could not be read and are left out."
     yield "  ".join(f"{head:>8}" for head in ("tokens", "top-1", "top-5", "images/s"))
     for budget in results["budgets"]:
         top5 = "–" if budget["top5"] is None else f"{budget['top5']:.2%}"
-        cells = (str(budget["num_patches"]), f"{budget['top1']:.2%}", top5, f"{budget['images_per_second']:.1f}")
+        cells = (str(budget["num_patches"]), f"{budget['top1']:.2%}", top5, _speed(budget))
         yield "  ".join(f"{cell:>8}" for cell in cells)
+    if any(budget["images_per_second"] is None for budget in results["budgets"]):
+        yield f"No speed: there was no full batch of {results['batch_size']} images."
+
+
+def _speed(budget: dict[str, Any]) -> str:
+    speed = budget["images_per_second"]
+    return "–" if speed is None else f"{speed:.1f}"
 
 
 def draw_accuracy(results: dict[str, Any]) -> Figure:
@@ -457,12 +459,14 @@ def draw_accuracy(results: dict[str, Any]) -> Figure:
     for budget in budgets:
         place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
         at = (budget["num_patches"], 100 * budget["top1"])
-        axes.annotate(f"{budget['images_per_second']:.1f} images/s", at, fontsize=8, **place)
+        axes.annotate(f"{_speed(budget)} images/s", at, fontsize=8, **place)
     axes.margins(0.15)
     axes.set_xticks(tokens)
     axes.set_xlabel("tokens")
     axes.set_ylabel("accuracy (%)")
-    axes.set_title(f"{Path(results['model']).name}, {results['num_images']:,} images of {results['data']['source']}")
+    axes.set_title(
+        f"{Path(results['model']).name}, {results['num_images']:,} images of {Path(results['data']['source']).name}"
+    )
     axes.legend()
     return figure
 

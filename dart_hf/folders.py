@@ -1,5 +1,6 @@
-"""Output folders that appear complete or not at all."""
+"""Output folders that appear complete or not at all, and the weights that a folder holds."""
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -41,3 +42,25 @@ def move_model(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, target / path.name)
     source.rmdir()
+
+
+def located(source: str) -> str:
+    """The full path of what exists here, so that it is found again and not mistaken for a name on the Hub."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights in a model's folder: of its `model*.safetensors` files, one after the other by name.
+
+    Raises:
+        FileNotFoundError: It has none.
+    """
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"The folder {folder} holds no weights: it has no model.safetensors.")
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

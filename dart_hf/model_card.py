@@ -3,8 +3,12 @@
 A card is metadata (YAML) and text. Nothing in it is guessed: what no record tells is left out.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -19,9 +23,15 @@ CITATION = """\
   year    = {2025}
 }"""
 TAGS = ("dart", "dart-hf", "vision", "adaptive-tokens", "region-tokenizer")
-# The text of a card stands between these two lines, so that it can be renewed without touching what others wrote.
-BEGIN = "<!-- dart-hf: from here to the next such line, the text is renewed whenever the model is published. -->"
-END = "<!-- dart-hf: to here. What stands outside is kept. -->"
+# A card with this line is made anew whenever its model is published; somebody who edits the card removes the line.
+MADE = "<!-- Made by dart-hf publish, and made anew the next time. To keep what you change here, remove this line. -->"
+# By which the cards are known that transformers makes: of push_to_hub, to be filled in, and of its Trainer.
+TEMPLATES = ("[More Information Needed]", "generated automatically according to the information the Trainer had access")
+# Metadata that is true of one set of weights only.
+OF_THE_WEIGHTS = ("model-index", "metrics", "base_model", "datasets", "widget")
+LICENSE = ("license", "license_name", "license_link")
+# The Hub wants a name and an id of every data set that something was measured on.
+PRIVATE = "private"
 SHOWN_LABELS = 20
 
 PARTITIONS = {
@@ -41,16 +51,76 @@ NORMALIZATIONS = {
 NO_STATISTICS = " There are no such statistics yet: each image's own are used."
 
 
+# What is published of `training.json` and `evaluation.json`, and its kinds. Whatever else they hold, tokens and paths
+# among it, is nobody else's business.
+SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("reference_batch_size", "bf16", "fp16", "seed"),
+    *("auto_augment", "crop_scale", "horizontal_flip", "color_jitter", "random_erasing", "repeated_augmentation"),
+    *("mixup", "cutmix", "label_smoothing_factor", "drop_path_rate", "ema_decay"),
+    *("layer_decay", "scorer_learning_rate"),
+    *("distillation", "distillation_alpha", "distillation_temperature"),
+)
+VERSIONS = dict.fromkeys(("python", "dart-hf", "torch", "torchvision", "transformers", "datasets", "timm"), str)
+TRAINING = {
+    "data": {
+        **dict.fromkeys(("source", "subset", "train_split", "evaluation_split"), str),
+        **dict.fromkeys(("num_train_images", "num_evaluation_images"), int),
+    },
+    "started_from": str,
+    "settings": dict.fromkeys(SETTINGS, object),
+    "steps": int,
+    "epochs": Real,
+    "metrics": dict.fromkeys(("eval_accuracy", "eval_top5_accuracy", "eval_loss"), Real),
+    "skipped_images": int,
+    "versions": VERSIONS,
+}
+EVALUATION = {
+    "data": dict.fromkeys(("source", "subset", "split"), str),
+    "weights_sha256": str,
+    **dict.fromkeys(("num_images", "num_unreadable", "batch_size", "threads"), int),
+    **dict.fromkeys(("score_normalization", "device", "dtype", "processor"), str),
+    "budgets": [{"num_patches": int, "top1": Real, "top5": Real, "images_per_second": Real}],
+    "versions": VERSIONS,
+}
+
+
+def read_record(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a JSON file that `shape` describes; empty where there is no file.
+
+    Raises:
+        ValueError: The file is damaged, or something in it is of another kind.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return _shaped(json.loads(path.read_text(encoding="utf-8")), shape)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); write it again or remove it.") from error
+
+
+def _shaped(value: Any, shape: Any) -> Any:
+    if isinstance(shape, dict) and isinstance(value, dict):
+        return {key: _shaped(value[key], kind) for key, kind in shape.items() if value.get(key) is not None}
+    if isinstance(shape, list) and isinstance(value, list):
+        return [_shaped(entry, shape[0]) for entry in value]
+    if isinstance(shape, type) and isinstance(value, shape) and (not isinstance(value, float) or isfinite(value)):
+        return value
+    raise ValueError(f"{json.dumps(value)[:50]} is unexpected")
+
+
 @dataclass(frozen=True)
 class Records:
     """What is known of a model beyond its weights.
 
     Args:
-        training: Content of `training.json`, as `dart-hf train` writes it.
-        evaluation: Content of `evaluation.json`, as `dart-hf evaluate --output` writes it.
+        training: `training.json`, as `dart-hf train` writes it, see [`read_record`].
+        evaluation: `evaluation.json`, as `dart-hf evaluate --output` writes it.
         license: The weights' licence, by the Hub's name for it ("apache-2.0", "cc-by-nc-4.0").
         base_model: Hub id of the model that the training started from.
         dataset: Hub id of the training data.
+        evaluation_dataset: Hub id of the data of `evaluation`.
         example: File name of an example image in the repository.
     """
 
@@ -59,6 +129,7 @@ class Records:
     license: str | None = None
     base_model: str | None = None
     dataset: str | None = None
+    evaluation_dataset: str | None = None
     example: str | None = None
 
 
@@ -76,13 +147,15 @@ class Measurement:
     """Accuracies on a data set.
 
     Args:
-        data: Its name.
+        data: Its name; None if that is not public.
+        dataset: Its id on the Hub, if it is there.
         subset, split: The part of it; None if unknown.
         num_images: How many images; None if unknown.
         score_normalization: The rule that scores were standardised by; None if unknown.
     """
 
-    data: str
+    data: str | None
+    dataset: str | None
     subset: str | None
     split: str | None
     num_images: int | None
@@ -91,7 +164,7 @@ class Measurement:
 
 
 def make_model_card(model: PreTrainedModel, repo_id: str, records: Records) -> ModelCard:
-    """The card of a model, its text between the lines `BEGIN` and `END`.
+    """The card of a model.
 
     Args:
         model: A DART model.
@@ -109,32 +182,35 @@ def make_model_card(model: PreTrainedModel, repo_id: str, records: Records) -> M
         parts.append(_training(records))
     parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
     text = "\n\n".join(parts)
-    return _card(metadata, f"\n{BEGIN}\n\n{text}\n\n{END}\n")
+    return _card(metadata, f"\n{MADE}\n\n{text}\n")
 
 
 def _card(metadata: ModelCardData, text: str) -> ModelCard:
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}")
 
 
-def renewed_card(written: ModelCard, made: ModelCard) -> ModelCard:
-    """A card that somebody wrote or edited, with the facts of a new one.
+def finished_card(made: ModelCard, earlier: Sequence[ModelCard]) -> ModelCard:
+    """A new card, with what earlier ones have that no record tells.
 
-    Its text is kept, except what stands between the lines `BEGIN` and `END`. Its metadata is kept as well, except what
-    the new one knows; tags are joined, and its licence stays unless the new one has another.
+    The first that somebody wrote keeps its text and metadata: it gets the new tags, other metadata where it has none,
+    and always those of `OF_THE_WEIGHTS`. The licence is the new card's, else that of an earlier one.
     """
-    known = {**written.data.to_dict(), **made.data.to_dict()}
-    known["tags"] = list(dict.fromkeys([*(written.data.tags or []), *made.data.tags]))
-    text = written.text
-    if has_renewable_text(written):
-        before, _, rest = text.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        text = before + made.text.strip() + after
-    return _card(ModelCardData(**known), text)
+    earlier = sorted(earlier, key=is_replaceable)
+    metadata = made.data.to_dict()
+    if made.data.license is None:
+        licensed = next((card.data.to_dict() for card in earlier if card.data.license), {})
+        metadata |= {name: licensed[name] for name in LICENSE if name in licensed}
+    if not earlier or is_replaceable(earlier[0]):
+        return _card(ModelCardData(**metadata), made.text)
+    written = earlier[0]
+    kept = {name: value for name, value in written.data.to_dict().items() if name not in (*OF_THE_WEIGHTS, *LICENSE)}
+    tags = [*(written.data.tags or []), *made.data.tags]
+    return _card(ModelCardData(**{**metadata, **kept, "tags": tags}), written.text)
 
 
-def has_renewable_text(card: ModelCard) -> bool:
-    """Whether a card has the lines between which its text is renewed."""
-    return BEGIN in card.text and END in card.text.partition(BEGIN)[2]
+def is_replaceable(card: ModelCard) -> bool:
+    """Whether nobody wrote a card: it is empty, or made here or by transformers."""
+    return not card.text.strip() or any(mark in card.text for mark in (MADE, *TEMPLATES))
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
@@ -144,7 +220,7 @@ def card_metadata(
     model: PreTrainedModel, repo_id: str, records: Records, measured: Measurement | None
 ) -> ModelCardData:
     """What the Hub reads: task, library, tags, licence, base model, data, and the metrics as model-index."""
-    results = [] if measured is None else _evaluation_results(measured, records)
+    results = [] if measured is None else _evaluation_results(measured)
     return ModelCardData(
         license=records.license,
         library_name="transformers",
@@ -159,7 +235,7 @@ def card_metadata(
     )
 
 
-def _evaluation_results(measured: Measurement, records: Records) -> list[EvalResult]:
+def _evaluation_results(measured: Measurement) -> list[EvalResult]:
     """One result per budget and metric."""
     results = []
     for accuracy in measured.accuracies:
@@ -170,8 +246,8 @@ def _evaluation_results(measured: Measurement, records: Records) -> list[EvalRes
                     EvalResult(
                         task_type="image-classification",
                         task_name="Image Classification",
-                        dataset_type=measured.data,
-                        dataset_name=measured.data,
+                        dataset_type=measured.dataset or PRIVATE,
+                        dataset_name=measured.data or PRIVATE,
                         dataset_config=measured.subset,
                         dataset_split=measured.split,
                         metric_type="accuracy",
@@ -186,21 +262,24 @@ def _evaluation_results(measured: Measurement, records: Records) -> list[EvalRes
 def find_measurement(model: PreTrainedModel, records: Records) -> Measurement | None:
     """The accuracies of `evaluation.json`, else those at the end of the training; None where neither has any."""
     evaluation, training = records.evaluation, records.training
-    budgets = [budget for budget in evaluation.get("budgets") or [] if budget.get("top1") is not None]
-    accuracies = [Accuracy(budget["num_patches"], budget["top1"], budget.get("top5")) for budget in budgets]
-    data, num_images = evaluation.get("data") or {}, evaluation.get("num_images")
-    rule = evaluation.get("score_normalization")
-    if not accuracies:
-        metrics = training.get("metrics") or {}
-        if metrics.get("eval_accuracy") is None:
+    accuracies = [
+        Accuracy(budget["num_patches"], budget["top1"], budget.get("top5"))
+        for budget in evaluation.get("budgets", [])
+        if {"num_patches", "top1"} <= budget.keys()
+    ]
+    if accuracies:
+        data, dataset = evaluation.get("data", {}), records.evaluation_dataset
+        num_images, rule = evaluation.get("num_images"), evaluation.get("score_normalization")
+    else:
+        metrics = training.get("metrics", {})
+        if "eval_accuracy" not in metrics:
             return None
-        accuracies = [
-            Accuracy(model.config.num_patches, metrics["eval_accuracy"], metrics.get("eval_top5_accuracy")),
-        ]
-        data, rule = training.get("data") or {}, model.config.score_normalization
-        num_images = data.get("num_evaluation_images")
+        accuracies = [Accuracy(model.config.num_patches, metrics["eval_accuracy"], metrics.get("eval_top5_accuracy"))]
+        data, dataset = training.get("data", {}), records.dataset
+        num_images, rule = data.get("num_evaluation_images"), model.config.score_normalization
     return Measurement(
-        data=data.get("source") or "unknown",
+        data=data.get("source"),
+        dataset=dataset,
         subset=data.get("subset"),
         split=data.get("split") or data.get("evaluation_split"),
         num_images=num_images,
@@ -286,8 +365,9 @@ def _normalization(model: PreTrainedModel) -> str:
 
 def _accuracy(model: PreTrainedModel, measured: Measurement) -> str:
     images = f"{measured.num_images:,} images of " if measured.num_images else ""
+    data = _in_one_cell(measured.data or "data that are not public")
     part = ", ".join(name for name in (measured.subset, measured.split) if name)
-    text = f"## Accuracy\n\nOn {images}{_in_one_cell(measured.data)}{f' ({part})' if part else ''}"
+    text = f"## Accuracy\n\nOn {images}{data}{f' ({part})' if part else ''}"
     if measured.score_normalization not in (None, model.config.score_normalization):
         text += f", with `{measured.score_normalization}` score normalisation"
     rows = [
@@ -299,7 +379,7 @@ def _accuracy(model: PreTrainedModel, measured: Measurement) -> str:
 
 def _training(records: Records) -> str:
     training = records.training
-    data = training.get("data") or {}
+    data = training.get("data", {})
     rows = {
         "Started from": training.get("started_from"),
         "Data": data.get("source"),
@@ -309,8 +389,8 @@ def _training(records: Records) -> str:
         "Unreadable images left out": training.get("skipped_images") or None,
         "Steps": training.get("steps"),
         "Epochs": training.get("epochs"),
-        **{f"`{name}`": value for name, value in (training.get("settings") or {}).items()},
-        **(training.get("versions") or {}),
+        **{f"`{name}`": value for name, value in training.get("settings", {}).items()},
+        **training.get("versions", {}),
     }
     known = [(name, _in_one_cell(value)) for name, value in rows.items() if value is not None]
     return f"## Training\n\n{_table(('', ''), known)}"

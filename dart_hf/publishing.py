@@ -2,20 +2,24 @@
 
 What is uploaded is a copy of the model made from what `from_pretrained` reads in the folder, so it is complete, has the
 code that was checked with it, and nothing else. The folder itself is only read.
+
+`push_to_hub` of transformers works as well, and is less: a commit for the model and another for the image processor, a
+card whose text is still to be written, and no comparison. Publishing over it later gives it a card of facts.
 """
 
 import filecmp
 import json
+import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import (
     CommitInfo,
@@ -26,45 +30,42 @@ from huggingface_hub import (
     get_token,
     is_offline_mode,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from yaml import YAMLError
 
-from dart_hf.model_card import Records, has_renewable_text, make_model_card, renewed_card
+from dart_hf.folders import weights_digest
+from dart_hf.hub_errors import http_cause, hub_reason
+from dart_hf.model_card import (
+    EVALUATION,
+    TRAINING,
+    Records,
+    finished_card,
+    is_replaceable,
+    make_model_card,
+    read_record,
+)
 from dart_hf.modeling.image_processing_dart import read_image
 from dart_hf.prediction import load_model
 from dart_hf.version import __version__
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-RECORDS = ("training.json", "evaluation.json")
-EXAMPLES = ("example.png", "example.jpg", "example.jpeg", "example.webp")
-# What a record may hold that is nobody else's business: tokens, and a command line with paths in it.
-UNPUBLISHED = ("hub_token", "push_to_hub_token", "command")
+EXAMPLE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 # Files that belong to one set of weights: of another set they would make a mixture.
 BELONGS_TO_WEIGHTS = re.compile(
-    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|(pre)?processor_config\.json|"
-    r"(training|evaluation)\.json"
+    r"(model|pytorch_model)(\.\w+)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?|"
+    r"(pre)?processor_config\.json|(training|evaluation)\.json"
 )
+COMMIT_ID = re.compile("[0-9a-f]{40}")
 # Largest difference of the logits, as a share of the largest, between the local model and what comes back from the Hub.
 TOLERANCE = 1e-6
 
+RECORDS = {"training": TRAINING, "evaluation": EVALUATION}
+
 NOTHING = "Nothing was published."
-# HTTP status -> what is wrong and what to do.
-ADVICE = {
-    400: "the Hub refuses what was sent",
-    401: "the Hub does not accept the token; log in with 'hf auth login', or set HF_TOKEN to a valid one",
-    402: "the account has no storage left or must pay for it; see its settings on the Hub",
-    403: "the token has no access to that; use one with write access, of an account that may write there, or open a "
-    "pull request (--create-pr)",
-    404: "the Hub has no such repository or branch, or the token may not see it; check the names",
-    409: "the repository is being changed by somebody else; run this again",
-    412: "the repository was changed by somebody else meanwhile; run this again",
-    413: "the upload is larger than the Hub takes",
-    429: "the Hub had too many requests; run this again in some minutes",
-}
-LONGEST_REASON = 300
+ONLY_IF_MISSING = "running this again makes it only if it is missing."
 
 
 class PublishingError(OSError):
@@ -82,7 +83,8 @@ class Publication:
         pull_request: Page of the pull request, if one was opened.
         is_new: False if the Hub had exactly this already, so that there was nothing to commit.
         license: The licence that the model card states.
-        keeps_card_text: Whether the model card's text is somebody's own, and only its metadata was renewed.
+        keeps_card_text: Whether the model card's text is somebody's own, and only its metadata is of this model.
+        omits_evaluation: Whether the folder's `evaluation.json` is not of its weights, and was left out.
     """
 
     repo_id: str
@@ -92,6 +94,7 @@ class Publication:
     is_new: bool
     license: str | None
     keeps_card_text: bool
+    omits_evaluation: bool
 
 
 def publish(
@@ -105,62 +108,73 @@ def publish(
     token: str | None = None,
     license: str | None = None,
     example: str | os.PathLike | None = None,
-    replace_card: bool = False,
 ) -> Publication:
     """Publish the model in a folder: weights, configuration, image processor, code and model card, in one commit.
 
-    The repository is made if there is none. Weights, records and an image processor that it has of another model are
-    deleted in the same commit. A model card that somebody wrote, in the folder or else on the Hub, is kept and gets the
-    facts of this model, see [`renewed_card`]. Of local paths in the records only the last part is published.
+    The repository is made if there is none. Weights, records and an image processor that it has of another DART model
+    are deleted in the same commit. A model card that somebody wrote, in the folder or else on the Hub, keeps its text
+    and gets the facts of this model as metadata, see [`finished_card`]. Sources on this computer are named by the last
+    part of their path, and those that are private on the Hub are not named.
 
     Args:
         folder: What `save_pretrained`, `dart-hf convert` or `dart-hf train` wrote. Of a training only the final model
-            is published, no checkpoints. Taken along if there: `training.json`, `evaluation.json`, `README.md`,
-            `example.png` (or .jpg, .jpeg, .webp).
+            is published, no checkpoints. Taken along if there: `README.md`, `example.png` (or .jpg, .jpeg, .webp), and
+            what [`read_record`] takes of `training.json` and, if it is of these weights, of `evaluation.json`.
         repo_id: "user/model" or "organisation/model", or "model" for the token's own account.
         private: Whether a new repository is private; the account's default without it. An existing one stays as it
             is; True refuses one that is public.
-        revision: Branch to publish to, made from the main branch if there is none; "main" without it.
-        create_pr: Whether to open a pull request to that branch instead.
+        revision: Branch to publish to, made from the main branch if there is none; "main" without it. Or a pull request
+            that is open, such as "refs/pr/1".
+        create_pr: Whether to open a pull request to that branch instead. The repository and the branch must be there.
         commit_message: Title of the commit.
         token: Access token with write access; without it that of HF_TOKEN or `hf auth login`.
         license: The weights' licence, by the Hub's name for it; without it what the model card says already.
-        example: Image for the Hub's widget.
-        replace_card: Whether to write a new model card in place of one that somebody wrote.
+        example: Image for the Hub's widget. Its metadata (place, camera) is not published.
 
     Returns:
-        What is on the Hub now, once it was loaded from there and gave the same logits.
+        What is on the Hub now, once it was loaded from there and gave the same logits. It was loaded with this package,
+        not with the model code in the repository, whose files are compared only.
 
     Raises:
-        ValueError: An argument is wrong, or the folder has no complete and usable DART model.
+        ValueError: An argument is wrong, the folder has no complete and usable DART model, or a record or card that
+            cannot be read, or the repository has a model of another kind.
         OSError: A file cannot be read; or, as a [`PublishingError`], the Hub refuses, cannot be reached, or gives back
-            something else. Running it again is always safe: the commit is there as a whole or not at all.
+            something else. The commit is there as a whole or not at all, and the message says how to go on.
     """
     token = _check_arguments(repo_id, revision, create_pr, token)
     folder = Path(folder)
     model, processor = _load_complete(folder)
     expected = _answers(model, processor)
-    training, evaluation = (_read_record(folder / name) for name in RECORDS)
-    example = _find_example(folder, example)
-    records = Records(_publishable(training), _publishable(evaluation), license, example=example and example.name)
-    written = None if replace_card else _read_card(folder / "README.md")
+    training, evaluation = (read_record(folder / f"{name}.json", shape) for name, shape in RECORDS.items())
+    omits_evaluation = bool(evaluation) and evaluation.get("weights_sha256") != weights_digest(folder)
+    if omits_evaluation:
+        evaluation = {}
+    written = _read_card(folder / "README.md", "in the folder")
     with TemporaryDirectory(prefix="dart-hf-") as temporary:
-        staged, fetched = Path(temporary) / "staged", Path(temporary) / "fetched"
-        _stage(model, processor, records, example, staged)
+        staged, fetched, downloaded = (Path(temporary) / name for name in ("staged", "fetched", "downloaded"))
+        model.save_pretrained(staged)
+        processor.save_pretrained(staged)
+        example_name = _stage_example(folder, example, staged)
+
         repository = _Repository(repo_id, revision, create_pr, token)
-        repository.prepare(private)
-        records = replace(
-            records,
-            base_model=repository.known_id(training.get("started_from"), "model"),
-            dataset=repository.known_id((training.get("data") or {}).get("source"), "dataset"),
+        repository.look(private)
+        repository.refuse_other_models(model.config.model_type, downloaded)
+        records = Records(
+            training,
+            evaluation,
+            license,
+            base_model=repository.name_source(training, "started_from", "model"),
+            dataset=repository.name_source(training.get("data", {}), "source", "dataset"),
+            evaluation_dataset=repository.name_source(evaluation.get("data", {}), "source", "dataset"),
+            example=example_name,
         )
-        if written is None and not replace_card:
-            written = repository.card(Path(temporary))
-        card = make_model_card(model, repository.repo_id, records)
-        if written is not None:
-            card = renewed_card(written, card)
+        _stage_records(records, staged)
+        on_hub = _read_card(repository.fetch("README.md", downloaded), "on the Hub")
+        earlier = [card for card in (written, on_hub) if card is not None]
+        card = finished_card(make_model_card(model, repository.repo_id, records), earlier)
         card.save(staged / "README.md")
 
+        repository.create(private)
         commit = repository.commit(staged, commit_message or f"Publish with dart-hf {__version__}")
         repository.check(commit, staged, fetched, expected)
     return Publication(
@@ -170,7 +184,8 @@ def publish(
         pull_request=commit.pr_url,
         is_new=commit.oid != repository.parent,
         license=card.data.license,
-        keeps_card_text=written is not None and not has_renewable_text(written),
+        keeps_card_text=not is_replaceable(card),
+        omits_evaluation=omits_evaluation,
     )
 
 
@@ -225,63 +240,39 @@ def _answers(model: PreTrainedModel, processor: BaseImageProcessor) -> torch.Ten
     return answers
 
 
-def _find_example(folder: Path, example: str | os.PathLike | None) -> Path | None:
-    """The example image that is asked for, or that the folder has."""
-    names = (folder / name for name in EXAMPLES)
-    path = Path(example) if example else next((path for path in names if path.is_file()), None)
-    if path is not None:
-        read_image(path)
-    return path
+def _stage_example(folder: Path, example: str | os.PathLike | None, staged: Path) -> str | None:
+    """Copy the pixels of the example image that is asked for, or that the folder has; returns the copy's name."""
+    own = (folder / f"example{suffix}" for suffix in EXAMPLE_FORMATS)
+    path = Path(example) if example else next((path for path in own if path.is_file()), None)
+    if path is None:
+        return None
+    suffix = path.suffix.lower()
+    name = f"example{suffix if suffix in EXAMPLE_FORMATS else '.png'}"
+    # As an array it has no place, camera or comment any more.
+    Image.fromarray(np.asarray(read_image(path).convert("RGB"))).save(staged / name, quality=95)
+    return name
 
 
-def _stage(
-    model: PreTrainedModel, processor: BaseImageProcessor, records: Records, example: Path | None, staged: Path
-) -> None:
-    """Fill the folder that will be uploaded, except for the model card."""
-    model.save_pretrained(staged)
-    processor.save_pretrained(staged)
-    for name, record in zip(RECORDS, (records.training, records.evaluation), strict=True):
-        if record:
-            text = json.dumps(record, indent=2, ensure_ascii=False)
-            (staged / name).write_text(f"{text}\n", encoding="utf-8")
-    if example:
-        shutil.copyfile(example, staged / example.name)
+def _stage_records(records: Records, staged: Path) -> None:
+    """Write the records beside the model, whose file may be another than the folder's."""
+    contents = {"training": records.training, "evaluation": records.evaluation}
+    if records.evaluation:
+        contents["evaluation"] = {**records.evaluation, "weights_sha256": weights_digest(staged)}
+    for name, content in contents.items():
+        if content:
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (staged / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); write it again or remove it.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object; write it again or remove it.")
-    return record
-
-
-def _publishable(value: Any) -> Any:
-    """A record without `UNPUBLISHED` fields, and with only the last part of paths on this computer."""
-    if isinstance(value, Mapping):
-        return {key: _publishable(entry) for key, entry in value.items() if key not in UNPUBLISHED}
-    if isinstance(value, list):
-        return [_publishable(entry) for entry in value]
-    if isinstance(value, str) and (value.startswith((".", "~")) or Path(value).is_absolute()):
-        return Path(value).name
-    return value
-
-
-def _read_card(path: Path) -> ModelCard | None:
-    if not path.is_file():
+def _read_card(path: Path | None, where: str) -> ModelCard | None:
+    if path is None or not path.is_file():
         return None
     try:
         return ModelCard.load(path)
     except (ValueError, YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"The metadata of the model card {path.name} cannot be read ({reason}); mend it, or have it replaced "
-            "(--replace-card)."
+            f"The metadata of the model card README.md {where} cannot be read ({reason}); mend it or remove the file."
         ) from error
 
 
@@ -289,64 +280,117 @@ def _read_card(path: Path) -> ModelCard | None:
 
 
 class _Repository:
-    """A repository on the Hub, and what is done to it, in this order: prepare, known_id, card, commit, check."""
+    """A repository on the Hub. Until `create` it is only looked at; then come `commit` and `check`."""
 
     def __init__(self, repo_id: str, revision: str | None, create_pr: bool, token: str) -> None:
         self.repo_id = repo_id
         self.revision = revision or "main"
         self.create_pr = create_pr
         self.api = HfApi(token=token)
+        self.is_private = False
+        # What has to be made before the commit.
+        self.needs_repository = self.needs_branch = False
         # The commit that this publication replaces, and the files in it.
         self.parent: str | None = None
         self.files: set[str] = set()
+        # What failure leaves behind, until there is a commit.
+        self.left = NOTHING
 
     @property
     def url(self) -> str:
         page = f"{self.api.endpoint}/{self.repo_id}"
         return page if self.revision == "main" else f"{page}/tree/{self.revision}"
 
-    def prepare(self, private: bool | None) -> None:
-        """Make the repository and the branch where they are missing, and see what they hold."""
+    def look(self, private: bool | None) -> None:
+        """See what the Hub has of the repository and the branch; changes nothing.
+
+        Raises:
+            ValueError: The repository is public and should be private, or the revision is none to commit to.
+        """
         with self._errors():
-            self.repo_id = self.api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
-            head = self._head()
+            if "/" not in self.repo_id:
+                self.repo_id = f"{self.api.whoami()['name']}/{self.repo_id}"
+            try:
+                refs = self.api.list_repo_refs(self.repo_id, include_pull_requests=True)
+            except RepositoryNotFoundError:
+                if self.create_pr or self.revision.startswith("refs/"):
+                    raise
+                self.is_private, self.needs_repository = bool(private), True
+                self.needs_branch = self.revision != "main"
+                return
+        ref = self.revision if self.revision.startswith("refs/") else f"refs/heads/{self.revision}"
+        self.needs_branch = ref not in {known.ref for known in [*refs.branches, *(refs.pull_requests or [])]}
+        if self.needs_branch:
+            self._check_new_branch({tag.name for tag in refs.tags})
+        with self._errors():
+            # A new branch begins as the main one is.
+            head = self.api.model_info(self.repo_id, revision="main" if self.needs_branch else self.revision)
         if private and not head.private:
             raise ValueError(
                 f"{self.repo_id!r} is public already, and private makes only new repositories private; make it "
                 f"private in its settings, or give another name. {NOTHING}"
             )
-        self.parent = head.sha
+        self.is_private, self.parent = bool(head.private), head.sha
         self.files = {file.rfilename for file in head.siblings or []}
 
-    def _head(self) -> ModelInfo:
-        try:
-            return self.api.model_info(self.repo_id, revision=self.revision)
-        except RevisionNotFoundError:
-            if self.create_pr or self.revision.startswith("refs/"):
-                raise
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            return self.api.model_info(self.repo_id, revision=self.revision)
+    def _check_new_branch(self, tags: set[str]) -> None:
+        if self.revision in tags or COMMIT_ID.fullmatch(self.revision):
+            raise ValueError(f"revision must be a branch, got the tag or commit {self.revision!r}. {NOTHING}")
+        if self.create_pr or self.revision.startswith("refs/"):
+            raise ValueError(f"revision: {self.repo_id!r} has no branch or pull request {self.revision!r}. {NOTHING}")
 
-    def known_id(self, name: str | None, repo_type: str) -> str | None:
-        """`name` if it is the id of another repository on the Hub, and nothing on this computer."""
-        if not name or name == self.repo_id or os.path.exists(name):
-            return None
+    def refuse_other_models(self, model_type: str, folder: Path) -> None:
+        """Raise a ValueError if the repository holds a model that is no DART: its files would be mixed with these."""
+        path = self.fetch("config.json", folder)
+        if path is None:
+            return
         try:
-            validate_repo_id(name)
-        except HFValidationError:
+            found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError):
+            found = None
+        if found != model_type:
+            raise ValueError(
+                f"{self.repo_id!r} holds another kind of model: its config.json is of type {found!r}, not "
+                f"{model_type!r}; publish to another repository, or remove that model's files. {NOTHING}"
+            )
+
+    def name_source(self, record: dict[str, Any], key: str, repo_type: str) -> str | None:
+        """Leave of a record's source what others may read; returns it if it is the id of another repository."""
+        source = record.pop(key, None)
+        if source is None:
+            return None
+        known = self._known_id(source, repo_type)
+        if known or source.startswith("preset "):
+            record[key] = source
+        elif Path(source).is_absolute():
+            record[key] = Path(source).name
+        return known
+
+    def _known_id(self, name: str, repo_type: str) -> str | None:
+        """`name` if it is a repository that whoever sees this one may know of."""
+        try:
+            found = self.api.repo_info(name, repo_type=repo_type)
+        except (HTTPError, OSError, ValueError):
+            return None
+        return name if name != self.repo_id and (self.is_private or not found.private) else None
+
+    def fetch(self, name: str, folder: Path) -> Path | None:
+        """A file of the commit that is replaced, if it has it."""
+        if name not in self.files:
             return None
         with self._errors():
-            return name if self.api.repo_exists(name, repo_type=repo_type) else None
+            return Path(self.api.hf_hub_download(self.repo_id, name, revision=self.parent, local_dir=folder))
 
-    def card(self, folder: Path) -> ModelCard | None:
-        """The model card that the Hub has, without its metrics, which are of other weights."""
-        if "README.md" not in self.files:
-            return None
+    def create(self, private: bool | None) -> None:
+        """Make the repository and the branch where they are missing."""
         with self._errors():
-            path = self.api.hf_hub_download(self.repo_id, "README.md", revision=self.parent, local_dir=folder)
-        card = _read_card(Path(path))
-        card.data.eval_results = card.data.model_name = card.data.metrics = None
-        return card
+            if self.needs_repository:
+                self.api.create_repo(self.repo_id, private=private)
+                self.left = f"{NOTHING} The repository was made, and is empty."
+            if self.needs_branch:
+                self.api.create_branch(self.repo_id, branch=self.revision)
+            if self.needs_repository:
+                self.parent = self.api.model_info(self.repo_id, revision=self.revision).sha
 
     def commit(self, staged: Path, message: str) -> CommitInfo:
         """Make the revision hold the files of a folder, and no others of a model."""
@@ -368,76 +412,77 @@ class _Repository:
 
     def check(self, commit: CommitInfo, staged: Path, fetched: Path, expected: torch.Tensor) -> None:
         """Fetch a commit into a new folder; compare its files with the staged ones, and its logits with `expected`."""
-        uploaded = f"The model was uploaded to {self.repo_id!r} as commit {commit.oid}"
+        place, again = repr(self.repo_id), "run this again"
+        if commit.pr_url:
+            place, again = commit.pr_url, f"run this again with --revision {commit.pr_revision}"
+        uploaded = f"The model was uploaded to {place} as commit {commit.oid}"
         names = sorted(path.name for path in staged.iterdir())
-        revision = commit.pr_revision or commit.oid
-        pending = f"{uploaded}, but not compared with the local one; run this again to do so."
+        pending = f"{uploaded}, but not compared with the local one; {again} to do so."
         with self._errors(f"Loading {self.repo_id!r} back from the Hub", pending):
+            revision = commit.pr_revision or commit.oid
             self.api.snapshot_download(self.repo_id, revision=revision, local_dir=fetched, allow_patterns=names)
-        _, changed, absent = filecmp.cmpfiles(staged, fetched, names, shallow=False)
-        if changed or absent:
-            raise PublishingError(
-                f"{uploaded}, but {', '.join(changed + absent)} came back changed or not at all: do not use that "
-                "commit; run this again."
-            )
-        model, processor = load_model(fetched, needs_classifier=False)
-        difference = float((_answers(model.cpu(), processor) - expected).abs().max())
+            _, changed, absent = filecmp.cmpfiles(staged, fetched, names, shallow=False)
+            if changed or absent:
+                raise PublishingError(
+                    f"{uploaded}, but {', '.join(changed + absent)} came back changed or not at all: do not use that "
+                    f"commit; {again}."
+                )
+            model, processor = load_model(fetched, needs_classifier=False)
+            with _without_repeated_warnings():
+                difference = float((_answers(model.cpu(), processor) - expected).abs().max())
         # Written so that NaN is refused.
         if not difference <= TOLERANCE * float(expected.abs().max()):
             raise PublishingError(
                 f"{uploaded}, but loaded back its logits differ from the local model's by up to {difference:.2g}: do "
-                "not use that commit; run this again."
+                f"not use that commit; {again}."
             )
 
     @contextmanager
-    def _errors(self, task: str = "", consequence: str = NOTHING, is_commit: bool = False) -> Iterator[None]:
-        """Turn the client's errors into a sentence on what is wrong and what to do, and one on what has happened."""
+    def _errors(self, task: str = "", left: str = "", is_commit: bool = False) -> Iterator[None]:
+        """Turn the client's errors into a sentence on what is wrong and what to do, and one on what is left behind."""
         try:
             yield
+        except PublishingError:
+            raise
+        except KeyboardInterrupt as stop:
+            stop.add_note(self._unknown() if is_commit else left or self.left)
+            raise
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
-            cause = _cause(error)
             # After a refusal nothing was done. Otherwise the commit may have been made, and only the answer lost.
-            if is_commit and not _is_refusal(cause):
-                consequence = self._what_became_of_the_commit()
+            if is_commit and not _is_refusal(http_cause(error)):
+                left = self._what_became_of_the_commit()
             task = task or f"Publishing to {self.repo_id!r}"
-            raise PublishingError(f"{task} failed: {_reason(cause)}. {consequence}") from error
+            raise PublishingError(f"{task} failed: {hub_reason(error)}. {left or self.left}") from error
 
     def _what_became_of_the_commit(self) -> str:
         if self.create_pr:
-            return (
-                "Whether the pull request was opened is not known: before running this again, look at "
-                f"{self.api.endpoint}/{self.repo_id}/discussions"
-            )
+            return self._unknown()
         try:
             head = self.api.model_info(self.repo_id, revision=self.revision).sha
         except (HTTPError, OSError):
-            return "Whether the commit was made is not known; running this again makes it only if it is missing."
+            return self._unknown()
         if head == self.parent:
-            return NOTHING
-        return f"There is a new commit, {head}, perhaps this one; running this again makes it only if it is missing."
+            return self.left
+        return f"There is a new commit, {head}, perhaps this one; {ONLY_IF_MISSING}"
 
-
-def _cause(error: BaseException) -> BaseException:
-    """The HTTP error that made the client raise another one, if that was so."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HTTPError):
-        cause = cause.__cause__
-    return cause or error
+    def _unknown(self) -> str:
+        if self.create_pr:
+            discussions = f"{self.api.endpoint}/{self.repo_id}/discussions"
+            return f"Whether the pull request was opened is not known: before running this again, look at {discussions}"
+        return f"Whether the commit was made is not known; {ONLY_IF_MISSING}"
 
 
 def _is_refusal(error: BaseException) -> bool:
     return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
 
 
-def _reason(error: BaseException) -> str:
-    """What is wrong and what to do, as half a sentence."""
-    if not isinstance(error, HfHubHTTPError):
-        what = "the connection to the Hub broke" if isinstance(error, HTTPError) else "something unexpected happened"
-        return f"{what}; run this again ({_short(str(error) or type(error).__name__)})"
-    status = error.response.status_code
-    default = "the Hub has a problem; run this again later" if status >= 500 else "the Hub refuses this"
-    return f"{ADVICE.get(status, default)} ({status}: {_short(error.server_message or error.response.reason_phrase)})"
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:LONGEST_REASON].rstrip(".")
+@contextmanager
+def _without_repeated_warnings() -> Iterator[None]:
+    """What there is to warn of was said when the model was loaded first."""
+    logger = logging.getLogger("dart_hf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

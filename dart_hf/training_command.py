@@ -7,17 +7,16 @@ import json
 import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
@@ -25,29 +24,36 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.checkpoints import (
+    MARKER,
     latest_complete_checkpoint,
     remove_incomplete_checkpoints,
     resume_training,
     written_whole,
 )
-from dart_hf.conversion.vit import convert_vit
+from dart_hf.conversion.vit import dart_from_vit
 from dart_hf.data import ImageData, load_image_data, without_worker_traceback
-from dart_hf.folders import move_model
+from dart_hf.folders import located, move_model
 from dart_hf.prediction import load_config, load_dart_config
 from dart_hf.training import LossBar, Recipe, classification_trainer
 
-SETTINGS_FILE = "settings.json"
+COMMAND = "dart-hf train"
+SETTINGS_FILE = "train_settings.json"
 FACTS_FILE = "training.json"
+EVALUATION_FILE = "evaluation.json"
 # The published transform resizes to 512 pixels and crops 448.
 PUBLISHED_CROP_PCT = 448 / 512
 METRICS = ("eval_accuracy", "eval_top5_accuracy", "eval_loss")
-# What `convert_vit` reads, by transformers' names; the last is timm's models in transformers.
+# Settings that name a file or folder, or something elsewhere.
+SOURCES = ("data", "model", "teacher", "scorer_weights")
+# What `dart_from_vit` reads, by transformers' names; the last is timm's models in transformers.
 VIT_TYPES = ("vit", "deit", "timm_wrapper")
 # The linear layers that give logits.
 HEADS = ("classifier", "distillation_classifier")
@@ -142,6 +148,8 @@ class RunArguments:
     )
 
 
+# What a checkpoint has, and what its head stands for.
+FIXED_SETTINGS = (*(field.name for field in fields(ModelArguments)), "class_names", "label_column")
 OWN_ARGUMENTS = (DataArguments, ModelArguments, Recipe, RunArguments)
 
 
@@ -185,6 +193,13 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help or ''}{default}"
 
 
+def _listed(settings: Mapping[str, Any]) -> str:
+    shown = {
+        name: value for name, value in settings.items() if not name.startswith(("dataloader", "disable", "remove"))
+    }
+    return ", ".join(f"{name} {value[0] if isinstance(value, list) else value}" for name, value in shown.items())
+
+
 def training_help() -> str:
     """What `dart-hf train --help` prints: our own settings; transformers documents `TrainingArguments`."""
     return _Parser(
@@ -192,7 +207,8 @@ def training_help() -> str:
         formatter_class=_Help,
         usage="dart-hf train --data FOLDER_OR_ID --output FOLDER [--model FOLDER_OR_ID | --preset NAME] [OPTIONS]",
         description="Fine-tune a DART, ViT or DeiT model on images, or train a DART from scratch. Every field of "
-        "transformers.TrainingArguments is an option too: --num-train-epochs, --learning-rate, --bf16 and so on.",
+        "transformers.TrainingArguments is an option too: --num-train-epochs, --learning-rate, --bf16 and so on. "
+        f"Where our defaults differ from theirs: {_listed(TRAINING_DEFAULTS)}.",
         epilog="Example: dart-hf train --data photos --output flowers --model dart-tiny --new-head",
     ).format_help()
 
@@ -201,43 +217,51 @@ def parse_settings(arguments: Sequence[str]) -> TrainingSettings:
     """Read the flags of `dart-hf train`. They overrule the configuration file, and that the settings of a resumed run.
 
     Raises:
-        ValueError: A setting is unknown, missing or of the wrong kind.
+        ValueError: A setting is unknown, missing, of the wrong kind, or cannot change in the middle of a training.
         OSError: The configuration file, or what is to be resumed, does not exist.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
-    early.add_argument("--output", default="")
-    early.add_argument("--resume", action="store_true")
+    early.add_argument("--output")
+    early.add_argument("--resume", nargs="?", const=True, default=False, type=string_to_bool)
     known, _ = early.parse_known_args(arguments)
+    config = _read_config(known.config) if known.config else {}
+    if not {"resume", "config", "output_dir", "resume_from_checkpoint"}.isdisjoint(config):
+        raise ValueError(f"config: {known.config} may have all settings but resume, config and the trainer's folders.")
+    output = known.output or config.get("output")
+    earlier = _earlier_settings(Path(output)) if known.resume and output else {}
 
     parser = _Parser(*OWN_ARGUMENTS, TrainingArguments)
-    _set_defaults(parser, {**TRAINING_DEFAULTS, "output_dir": known.output}, "the defaults")
+    parser.set_defaults(**TRAINING_DEFAULTS, output_dir=output)
     defaults = vars(parser.parse_args(["--data", "", "--output", ""]))
-    if known.resume:
-        _set_defaults(parser, _earlier_settings(Path(known.output)), f"{known.output}/{SETTINGS_FILE}")
-    if known.config:
-        _set_defaults(parser, _read_config(known.config), known.config)
+    # What comes later overrules what came before.
+    arguments = [*_as_flags(earlier), *_as_flags(config), *arguments]
     values = vars(parser.parse_args(arguments))
+    if (values["output_dir"], values["resume_from_checkpoint"]) != (output, None):
+        raise ValueError("Use output for output_dir, and resume for resume_from_checkpoint.")
+    if earlier:
+        for name in FIXED_SETTINGS:
+            if values[name] != earlier.get(name, defaults[name]):
+                raise ValueError(f"resume: {name} cannot change in the middle of a training.")
     given = {
-        name: value
+        name: located(value) if name in SOURCES else value
         for name, value in values.items()
         if value != defaults[name] and name not in ("output", "output_dir", "resume", "config")
     }
     return TrainingSettings(*parser.parse_args_into_dataclasses(arguments, look_for_args_file=False), given=given)
 
 
-def _set_defaults(parser: _Parser, settings: Mapping[str, Any], source: str) -> None:
-    actions = {action.dest: action for action in parser._actions}
+def _as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a file as a command line has them, so that they are read and checked as such."""
+    flags = []
     for name, value in settings.items():
-        name = name.replace("-", "_")
-        if name not in actions:
-            raise ValueError(f"config: {source} has the unknown setting {name!r}; see 'dart-hf train --help'.")
-        action = actions[name]
-        action.required = False
-        # YAML reads 5e-4 as text, and a mapping is what our option for one takes as JSON.
-        if isinstance(value, str) and action.type is not None:
-            value = action.type(value)
-        parser.set_defaults(**{name: json.dumps(value) if isinstance(value, dict) else value})
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # YAML takes no for a truth value.
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
 
 
 def _read_config(name: str) -> dict[str, Any]:
@@ -260,11 +284,20 @@ def _read_config(name: str) -> dict[str, Any]:
 
 
 def _earlier_settings(output: Path) -> dict[str, Any]:
-    if not (output / SETTINGS_FILE).is_file():
+    settings = _own_settings(output)
+    if settings is None:
         raise FileNotFoundError(
             f"resume: the folder {str(output)!r} holds no training to go on with (no {SETTINGS_FILE})."
         )
-    return json.loads((output / SETTINGS_FILE).read_text())
+    return settings
+
+
+def _own_settings(output: Path) -> dict[str, Any] | None:
+    """The settings that a run of this command left in its output folder; None without such a run."""
+    try:
+        return json.loads((output / SETTINGS_FILE).read_text())[COMMAND]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 # The run ----------------------------------------------------------------------------------------------------------
@@ -286,18 +319,19 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
     arguments, output = settings.trainer, Path(settings.data.output)
     is_main = arguments.process_index == 0
     tell = say if is_main else lambda line: None
-    if settings.data.streaming and arguments.max_steps < 1:
-        raise ValueError("streaming: a stream has no length; say how many steps to train with max_steps.")
-    checkpoint = None
+    _check_arguments(settings)
     if is_main:
         _check_output(output, settings.run.resume)
     with arguments.main_process_first():
         checkpoint = latest_complete_checkpoint(output) if settings.run.resume else None
         data = _load_data(settings.data)
     set_seed(arguments.seed)
+    if data.evaluation is None:
+        arguments.eval_strategy, arguments.load_best_model_at_end = IntervalStrategy.NO, False
+    if settings.run.resume:
+        tell(f"Going on from {checkpoint}." if checkpoint else "There is no complete checkpoint: from the beginning.")
     if checkpoint is not None:
-        tell(f"Going on from {checkpoint}.")
-        model, image_processor = _load_dart(checkpoint, {}, data, new_head=False)
+        model, image_processor = _load_dart(checkpoint)
     else:
         model, image_processor = start_model(settings.model, data, tell)
     if settings.run.reference_batch_size:
@@ -305,18 +339,23 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
         arguments.learning_rate *= per_step / settings.run.reference_batch_size
 
     bar = LossBar()
-    trainer = classification_trainer(
-        model,
-        image_processor,
-        data.train,
-        data.evaluation,
-        arguments,
-        settings.recipe,
-        skip_unreadable=settings.data.skip_unreadable,
-        progress=None if arguments.disable_tqdm else bar,
-    )
+    try:
+        trainer = classification_trainer(
+            model,
+            image_processor,
+            data.train,
+            data.evaluation,
+            arguments,
+            settings.recipe,
+            skip_unreadable=settings.data.skip_unreadable,
+            progress=None if arguments.disable_tqdm else bar,
+        )
+    except RuntimeError as error:
+        # What transformers raises where report_to names a package that is missing.
+        raise ValueError(str(error).strip().partition("\n")[0]) from error
     if is_main:
-        remove_incomplete_checkpoints(output)
+        if _own_settings(output) is not None:
+            remove_incomplete_checkpoints(output)
         _write_settings(output, settings.given)
     tell(_summary(model, data))
     with without_worker_traceback(), closing(bar):
@@ -332,24 +371,51 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
     return facts
 
 
+def _check_arguments(settings: TrainingSettings) -> None:
+    arguments, reference = settings.trainer, settings.run.reference_batch_size
+    if settings.data.streaming and arguments.max_steps < 1:
+        raise ValueError("streaming: a stream has no length; say how many steps to train with max_steps.")
+    if arguments.max_steps == 0 or arguments.num_train_epochs <= 0:
+        raise ValueError(
+            f"There is nothing to train with max_steps={arguments.max_steps}, num_train_epochs="
+            f"{arguments.num_train_epochs:g}."
+        )
+    if arguments.gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be at least 1, got {arguments.gradient_accumulation_steps}."
+        )
+    if reference is not None and reference < 1:
+        raise ValueError(f"reference_batch_size must be at least 1, got {reference}.")
+    if arguments.remove_unused_columns:
+        raise ValueError("remove_unused_columns=True would take the images away; leave it out.")
+
+
 def _check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder with a model, with checkpoints to lose, or with those of another program."""
+    """Refuse a folder in which a training would lose something."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output: {output} is a file; give a folder.")
-    of_others = not (output / SETTINGS_FILE).exists() and any(output.glob("checkpoint-*"))
-    finished = (output / "config.json").exists() or latest_complete_checkpoint(output) is not None
-    if of_others or (finished and not resume):
-        raise FileExistsError(
-            f"output: the folder {output} holds a model or a training; give a new one, or resume=True (--resume) to "
-            "go on."
-        )
+    begun = _own_settings(output) is not None
+    checkpoints = list(output.glob("checkpoint-*"))
+    marked = [path for path in checkpoints if (path / MARKER).exists()]
+    finished = (output / "config.json").exists()
+    if resume:
+        if not begun:
+            raise FileNotFoundError(f"resume: the folder {str(output)!r} holds no training of this command.")
+        if latest_complete_checkpoint(output) is None and (marked or finished):
+            raise ValueError(
+                f"resume: the training in {str(output)!r} has no complete checkpoint to go on from; begin it in a new "
+                "folder."
+            )
+    elif output.exists() and any(output.iterdir()) and (not begun or marked or finished):
+        hint = ", or resume=True (--resume) to go on" if begun else ""
+        raise FileExistsError(f"output: the folder {output} is not empty; give a new one{hint}.")
 
 
 def _write_settings(output: Path, given: Mapping[str, Any]) -> None:
     """Leave in the output folder what a resumed run begins with."""
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output / SETTINGS_FILE) as unfinished:
-        unfinished.write_text(json.dumps(given, indent=2) + "\n")
+        unfinished.write_text(json.dumps({COMMAND: given}, indent=2) + "\n")
 
 
 def _load_data(arguments: DataArguments) -> ImageData:
@@ -382,26 +448,51 @@ def start_model(
         changes = json.loads(arguments.model_settings or "{}")
     except json.JSONDecodeError as error:
         raise ValueError(f"model_settings: {arguments.model_settings!r} is no JSON: {error}.") from error
+    if not isinstance(changes, dict):
+        raise ValueError(f"model_settings must map settings to values, got {arguments.model_settings!r}.")
     for name in ("num_patches", "partition", "image_size", "drop_path_rate"):
         if getattr(arguments, name) is not None:
             changes[name] = getattr(arguments, name)
 
+    known = DartConfig().to_dict().keys() - {"model_type", "architectures", "id2label", "label2id"}
+    if unknown := sorted(changes.keys() - known):
+        raise ValueError(f"model_settings: DartConfig has no setting {', '.join(map(repr, unknown))} to change.")
     if arguments.preset is not None:
-        config = DartConfig.preset(arguments.preset, **changes, **_labels(data))
+        with _settings_checked():
+            config = DartConfig.preset(arguments.preset, **changes, **_labels(data))
         model, image_processor = DartForImageClassification(config), DartImageProcessor()
         _set_crop(image_processor, config.image_size, arguments.crop_pct)
     elif _is_plain_vit(arguments.model):
-        with tempfile.TemporaryDirectory() as folder:
-            scorer = changes.pop("scorer", None)
-            converted = convert_vit(arguments.model, Path(folder) / "converted", "flow", scorer, say=say)
-            model, image_processor = _load_dart(converted, changes, data, arguments.new_head)
+        scorer = changes.pop("scorer", None)
+        grid_size = changes.pop("score_grid_size", 14)
+        model, image_processor = dart_from_vit(
+            arguments.model, "flow", scorer, arguments.scorer_weights, grid_size, say=say
+        )
     else:
-        model, image_processor = _load_dart(arguments.model, changes, data, arguments.new_head)
+        model, image_processor = _load_dart(arguments.model)
+    if arguments.model is not None:
+        lacks_head = not model.num_labels or model.config.architectures == [type(model.base_model).__name__]
+        new_head = arguments.new_head or lacks_head
+        model = adapted(model, changes, data, new_head, repr(arguments.model))
     if arguments.image_size is not None or arguments.crop_pct is not None:
         _set_crop(image_processor, model.config.image_size, arguments.crop_pct)
-    if arguments.scorer_weights is not None:
+    if arguments.scorer_weights is not None and model.scorer.is_dead:
         model.load_pretrained_scorer(None if arguments.scorer_weights == "imagenet" else arguments.scorer_weights)
+    if model.config.partition != "uniform" and model.scorer.is_dead:
+        raise ValueError(
+            f"The scorer {model.config.scorer!r} is frozen and has no weights: give scorer_weights (--scorer-weights), "
+            "'imagenet' to download them or a file."
+        )
     return model, image_processor
+
+
+@contextmanager
+def _settings_checked() -> Iterator[None]:
+    """A setting of the wrong kind as a ValueError in one sentence."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"model_settings: {' '.join(str(error).split())}") from error
 
 
 def _is_plain_vit(source: str) -> bool:
@@ -411,51 +502,57 @@ def _is_plain_vit(source: str) -> bool:
     return load_config(source).model_type in VIT_TYPES
 
 
-def _load_dart(
-    source: str | os.PathLike, changes: Mapping[str, Any], data: ImageData, new_head: bool
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A DART classifier with other settings, its head's rows in the order of the data's classes."""
-    config = load_dart_config(source)
-    unknown = [name for name in changes if not hasattr(config, name)]
-    if unknown:
-        raise ValueError(f"model_settings: {type(config).__name__} has no setting {', '.join(map(repr, unknown))}.")
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    has_head = any(name.endswith("ForImageClassification") for name in config.architectures or [])
-    new_head = new_head or not has_head
-    unnamed = names == [f"LABEL_{index}" for index in range(len(data.label_names))]
-    if not new_head and not unnamed and sorted(names) != sorted(data.label_names):
-        raise ValueError(
-            f"The classes of {os.fspath(source)!r} are not those of the data: {_shortened(names)}; "
-            f"{_shortened(data.label_names)}; replace its head with new_head=True (--new-head)."
-        )
-    config = AutoConfig.from_pretrained(source, **changes, **_labels(data))
-    model, loading = AutoModelForImageClassification.from_pretrained(
-        source, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    mismatched = {name for name, *_ in loading["mismatched_keys"]}
-    lost = {name for name in loading["missing_keys"] | mismatched if not (new_head and name.startswith(HEADS))}
-    if lost:
-        raise ValueError(f"model_settings: {changes} does not fit the weights of {os.fspath(source)!r}: {min(lost)}.")
-    for head in filter(None, (getattr(model, name, None) for name in HEADS)):
-        with torch.no_grad():
-            if new_head:
-                torch.nn.init.trunc_normal_(head.weight, std=config.initializer_range)
-                torch.nn.init.zeros_(head.bias)
-            elif not unnamed:
-                order = [names.index(name) for name in data.label_names]
-                head.weight.copy_(head.weight[order])
-                head.bias.copy_(head.bias[order])
+def _load_dart(source: str | os.PathLike) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    load_dart_config(source)
+    model = AutoModelForImageClassification.from_pretrained(source)
     return model, AutoImageProcessor.from_pretrained(source)
+
+
+def adapted(
+    model: PreTrainedModel, changes: Mapping[str, Any], data: ImageData, new_head: bool = False, name: str = "the model"
+) -> PreTrainedModel:
+    """The same weights in a model with other settings, and a head for the data's classes in their order.
+
+    Args:
+        model: The classifier.
+        changes: Settings of its configuration.
+        data: Its classes must be the model's, in any order, unless the head is new.
+        new_head: Whether to initialise the head anew.
+        name: What errors call the model.
+
+    Raises:
+        ValueError: The classes are others; or the weights do not fit the settings.
+    """
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    unnamed = names == [f"LABEL_{index}" for index in range(len(data.label_names))]
+    different = sorted(set(names) ^ set(data.label_names))
+    if not new_head and not unnamed and names != data.label_names and (different or len(set(names)) < len(names)):
+        first = f"; only one of them has {different[0]!r}" if different else " in this order, and some have one name"
+        raise ValueError(
+            f"The {len(names)} classes of {name} are not the {len(data.label_names)} of the data{first}; replace its "
+            "head with new_head=True (--new-head)."
+        )
+    with _settings_checked():
+        config = type(model.config).from_dict({**model.config.to_dict(), **changes, **_labels(data)})
+    result = type(model)(config)
+    initial, state = result.state_dict(), model.state_dict()
+    for key in initial:
+        if key.startswith(HEADS):
+            if new_head:
+                state[key] = initial[key]
+            elif not unnamed and names != data.label_names:
+                state[key] = state[key][[names.index(label) for label in data.label_names]]
+    try:
+        result.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"model_settings: {dict(changes)} does not fit the weights of {name}: {reason}") from error
+    return result
 
 
 def _labels(data: ImageData) -> dict[str, Any]:
     names = data.label_names
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = ", …" if len(names) > 3 else ""
-    return f"{len(names)} ({', '.join(names[:3])}{more})"
 
 
 def _set_crop(image_processor: BaseImageProcessor, image_size: int, crop_pct: float | None) -> None:
@@ -469,7 +566,7 @@ def _set_crop(image_processor: BaseImageProcessor, image_size: int, crop_pct: fl
 
 def _summary(model: PreTrainedModel, data: ImageData) -> str:
     def count(split: Any) -> str:
-        return f"{len(split):,}" if hasattr(split, "__len__") else "a stream of"
+        return f"{len(split):,}" if hasattr(split, "__len__") else "A stream of"
 
     held_out = " (held out of them)" if data.evaluation_split is None else ""
     tested = f", {count(data.evaluation)} to evaluate{held_out}" if data.evaluation is not None else ""
@@ -485,14 +582,14 @@ def _facts(
     skipped = torch.tensor(trainer.data_collator.num_skipped, device=trainer.args.device)
     return {
         "data": {
-            "source": settings.data.data,
+            "source": located(settings.data.data),
             "subset": settings.data.subset,
             "train_split": settings.data.train_split,
             "evaluation_split": data.evaluation_split,
             "num_train_images": len(data.train) if hasattr(data.train, "__len__") else None,
             "num_evaluation_images": len(data.evaluation) if hasattr(data.evaluation, "__len__") else None,
         },
-        "started_from": settings.model.model or f"preset {settings.model.preset}",
+        "started_from": located(settings.model.model) if settings.model.model else f"preset {settings.model.preset}",
         "settings": settings.given,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -515,4 +612,6 @@ def _save(trainer: Trainer, output: Path, facts: Mapping[str, Any]) -> None:
         # Pickled settings, which nobody needs.
         (unfinished / "training_args.bin").unlink(missing_ok=True)
         (unfinished / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        # Of the weights that are replaced.
+        (output / EVALUATION_FILE).unlink(missing_ok=True)
         move_model(unfinished, output)

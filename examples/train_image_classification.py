@@ -7,6 +7,7 @@
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import (
     AutoImageProcessor,
@@ -48,7 +49,7 @@ class Arguments:
     repeated_augmentation: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
-    ema_decay: float = 0.9999
+    ema_decay: float | None = None
     layer_decay: float = 1.0
     scorer_learning_rate: float | None = None
     resume: bool = False
@@ -75,6 +76,8 @@ class Training(TrainingArguments):
 def main() -> None:
     arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
     training.output_dir = arguments.output
+    if training.process_index == 0 and Path(arguments.output).exists() and not arguments.resume:
+        raise SystemExit(f"{arguments.output} exists; choose another folder, or go on there with --resume.")
 
     data = load_image_data(arguments.data, held_out=0.1)
     labels = {
@@ -115,14 +118,18 @@ def main() -> None:
             RunningScoresCallback(),
             EpochCallback(),
             RandomStateCallback(),
-            EmaCallback(arguments.ema_decay),
+            *([EmaCallback(arguments.ema_decay)] if arguments.ema_decay is not None else []),
             # Last, because it declares complete what the others have saved.
             CompleteCheckpointCallback(),
         ],
     )
-    checkpoint = latest_complete_checkpoint(arguments.output) if arguments.resume else None
-    if trainer.is_world_process_zero():
-        remove_incomplete_checkpoints(arguments.output)
+    # Before 5.6 transformers left accelerate to divide the loss by the accumulation steps once more.
+    trainer.accelerator.gradient_accumulation_steps = 1
+    checkpoint = None
+    if arguments.resume:
+        checkpoint = latest_complete_checkpoint(arguments.output)
+        if trainer.is_world_process_zero():
+            remove_incomplete_checkpoints(arguments.output)
     resume_training(trainer, checkpoint)
     trainer.save_model()
     if data.evaluation is not None:

@@ -1,7 +1,7 @@
 """What is random about a training batch follows from the numbers that its rows carry, and is as asked for."""
 
 import random
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import datasets
 import numpy as np
@@ -61,6 +61,10 @@ def test_the_number_follows_from_seed_epoch_and_row(rows):
     assert first[3]["label"] == rows[3]["label"]
 
 
+def test_rows_in_a_list():
+    assert [row["a"] for row in SeededRows([{"a": 1}, {"a": 2}]).__getitems__([1, 0])] == [2, 1]
+
+
 @pytest.mark.parametrize(("size", "repeats"), [(6, 3), (7, 3), (4, 2), (2, 3), (5, 1)])
 def test_repeated_augmentation_repeats_images_with_other_numbers(rows, size, repeats):
     batch = SeededRows(rows, 0, repeats).__getitems__(range(size))
@@ -87,14 +91,15 @@ def test_the_epoch_reaches_workers_that_stay(rows):
     assert not set(first) & set(next(iter(loader)))
 
 
-def test_a_stream(rows):
+def test_a_stream_is_shuffled_and_begins_again(rows):
     stream = SeededStream(rows.to_iterable_dataset(), 0, repeats=2)
-    batch = list(stream)
-    assert len(batch) == 24
-    assert len(set(seeds(batch))) == 24
-    assert seeds(batch) == seeds(list(stream))
-    stream.set_epoch(1)
-    assert not set(seeds(batch)) & set(seeds(list(stream)))
+    first, second = (list(islice(stream, 48))[part] for part in (slice(24), slice(24, 48)))
+    assert len(set(seeds(first + second))) == 48
+    images = [[row["image"]["bytes"] for row in part] for part in (first, second)]
+    assert all(sorted(set(part)) == sorted(row["image"]["bytes"] for row in rows) for part in images)
+    assert images[0][:12] not in ([row["image"]["bytes"] for row in rows], images[1][:12])
+    assert seeds(first) == seeds(list(islice(stream, 24)))
+    assert list(SeededStream(rows.to_iterable_dataset().take(0))) == []
 
 
 def test_repeats_below_one(rows):
@@ -173,6 +178,7 @@ def test_every_kind_of_image_becomes_rgb_as_in_evaluation(processor, mode):
     ("settings", "message"),
     [
         ({"random_erasing": 1.5}, "random_erasing must be from 0 to 1, got 1.5"),
+        ({"color_jitter": -1}, "color_jitter must be from 0 to 1, got -1"),
         ({"horizontal_flip": -0.1}, "horizontal_flip must be from 0 to 1, got -0.1"),
         ({"crop_scale": 0.0}, "crop_scale must be above 0 and at most 1, got 0.0"),
         ({"auto_augment": "best"}, "auto_augment='best' is no policy of timm's"),

@@ -139,10 +139,10 @@ def test_an_evaluation_that_fails_does_not_mix_up_the_weights(tmp_path):
     assert same_tensors(seen[0], weights.after_step[1])
 
 
-def test_a_step_that_was_skipped_does_not_count():
+def test_a_step_that_was_skipped_does_not_count(tmp_path):
     model, callback = tiny_dart(), EmaCallback(0.5)
     args, state = SimpleNamespace(eval_on_start=False), SimpleNamespace(global_step=0)
-    tiny_trainer("unused", [])  # for accelerate's state
+    tiny_trainer(tmp_path, [])  # It sets up accelerate.
     callback.on_train_begin(args, state, None, model=model)
     before = model.classifier.weight.detach().clone()
     model.classifier.weight.data.fill_(1)

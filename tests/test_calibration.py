@@ -171,6 +171,8 @@ def test_there_must_be_usable_scores(model, processor, images):
     with pytest.raises(ValueError, match="None of the 11 images gives scores"):
         calibrate_scores(model, processor, images)
     assert model.scorer.statistics.num_batches_tracked == 0
+    with pytest.raises(ValueError, match="the data has no images"):
+        calibrate_scores(model, processor, images.select([]))
 
 
 def test_the_scores_must_matter(model, processor, images):
@@ -201,7 +203,9 @@ def test_a_calibrated_model_is_saved(model, processor, pixel_values, photos, tmp
     model = model if kind is DartForImageClassification else model.dart
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "training.json").write_text('{"steps": 7}')
     calibrate_model(tmp_path / "model", photos, tmp_path / "calibrated", batch_size=4)
+    assert (tmp_path / "calibrated" / "training.json").read_text() == '{"steps": 7}'
     loaded, loaded_processor = load_model(tmp_path / "calibrated", needs_classifier=False)
     assert isinstance(loaded, kind)
     assert loaded.config.score_normalization == "running"

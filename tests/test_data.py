@@ -13,8 +13,8 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from dart_hf import DartImageProcessor
-from dart_hf.augmentation import SeededRows
-from dart_hf.data import ImageClassificationCollator, load_image_data, without_worker_traceback
+from dart_hf.augmentation import MixImages, SeededRows
+from dart_hf.data import ImageClassificationCollator, evenly_spread, load_image_data, without_worker_traceback
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_undecoded_images_are_decoded(collate):
 
 
 def test_an_unreadable_image_stops_with_its_name(collate):
-    with pytest.raises(OSError, match=r"The image '1.png' cannot be read: .*; unreadable images can be skipped"):
+    with pytest.raises(OSError, match=r"The image '1.png' cannot be read: .*; skip_unreadable=True .* leaves it out"):
         collate(undecoded(3, {1}))
 
 
@@ -133,9 +133,12 @@ def test_an_unreadable_image_is_ignored_in_evaluation_and_counted(skipping, coll
     assert skipping.num_skipped == 1
 
 
-def test_a_training_batch_without_any_readable_image(skipping):
-    with pytest.raises(OSError, match="None of the 2 images of a batch can be read"):
-        skipping(SeededRows(ListData(undecoded(2, {0, 1}))).__getitems__(range(2)))
+def test_a_training_batch_without_any_readable_image_has_no_weight(skipping):
+    batch = skipping(SeededRows(ListData(undecoded(2, {0, 1}))).__getitems__(range(2)))
+    assert batch["labels"].tolist() == [-100, -100]
+    skipping.mix = MixImages(3, 0.8)
+    batch = skipping(SeededRows(ListData(undecoded(2, {0, 1}))).__getitems__(range(2)))
+    assert batch["labels"].tolist() == [[-100] * 3] * 2
 
 
 def test_what_workers_skip_is_counted(skipping):
@@ -262,6 +265,46 @@ def test_labels_that_are_names_or_numbers(tmp_path):
         load_image_data(tmp_path / "x.parquet")
 
 
+def test_a_split_to_learn_from_is_none_to_evaluate_with(folder):
+    data = load_image_data(folder, train_split="test")
+    assert data.evaluation is None
+
+
+def test_classes_in_another_order(tmp_path, folder):
+    with pytest.raises(
+        ValueError, match=r"are 'cat', 'dog', in this order, for all splits; got 'dog'"
+    ):
+        load_image_data(folder, class_names=["dog", "cat"])
+    features = [Features({"image": Image(), "label": ClassLabel(names=names)}) for names in ("ab", "ba")]
+    splits = {
+        name: Dataset.from_dict({"image": images(2), "label": [0, 1]}, each)
+        for name, each in zip(("train", "test"), features, strict=True)
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "mixed")
+    with pytest.raises(ValueError, match=r"are 'a', 'b', in this order, for all splits; got 'b', 'a'"):
+        load_image_data(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([1, 1], "has one class, '1'"), ([0, -1], "neither names nor numbers")]
+)
+def test_labels_that_are_no_classes(tmp_path, labels, message):
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict({"image": images(2), "label": labels}, features).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_image_data(tmp_path / "x.parquet")
+
+
+def test_test_images_without_labels_are_found_before_the_training(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    splits = {"train": [0, 1], "test": [-1, -1]}
+    datasets.DatasetDict(
+        {name: Dataset.from_dict({"image": images(2), "label": each}, features) for name, each in splits.items()}
+    ).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"the split 'test' of .* has label -1, which is none of its 2 classes"):
+        load_image_data(tmp_path / "data")
+
+
 def test_images_without_labels(folder):
     data = load_image_data(folder / "train" / "cat", needs_labels=False)
     assert data.train.column_names == ["image"]
@@ -299,5 +342,15 @@ def test_sources_that_are_none(folder, tmp_path):
     ):
         with pytest.raises(error, match=message):
             load_image_data(tmp_path / name)
-    with pytest.raises(OSError, match="data: there is no folder 'user/pets', and the Hub could not be reached"):
+    with pytest.raises(
+        OSError, match="data: there is no folder 'user/pets', and no such data set could be had from the Hub"
+    ):
         load_image_data("user/pets")
+
+
+def test_a_part_is_evenly_spread():
+    rows = Dataset.from_dict({"row": range(10)})
+    assert evenly_spread(rows, None) is rows and evenly_spread(rows, 10) is rows
+    assert evenly_spread(rows, 4)["row"][:] == [0, 2, 5, 7]
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        evenly_spread(rows, 0)

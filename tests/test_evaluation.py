@@ -1,8 +1,8 @@
 """Accuracy and speed at several budgets: right numbers, from one pass, with classes matched by name."""
 
+import hashlib
 import io
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +19,12 @@ from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.evaluation import (
     draw_accuracy,
     evaluate_classifier,
-    evenly_spread,
     match_labels,
     parse_budgets,
     run_evaluation,
     table,
 )
+from dart_hf.modeling.region_scorer import RegionScorer
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six"]
 BUDGETS = [9, 16]
@@ -166,10 +166,15 @@ def test_each_batch_is_read_once_and_the_budgets_take_turns(model, processor, da
     assert [result.images_per_second for result in found.budgets] == [8 / 9, 8 / 16, 8 / 25]
 
 
-def test_one_small_batch_has_a_speed_too(model, processor, data):
-    started = time.perf_counter()
-    found = evaluate_classifier(model, processor, data.select(range(3)), NAMES, BUDGETS)
-    assert all(result.images_per_second > 3 / (time.perf_counter() - started) for result in found.budgets)
+def test_a_small_batch_tells_no_speed(model, processor, data):
+    found = evaluate_classifier(model, processor, data.select(range(3)), NAMES, BUDGETS, batch_size=4)
+    assert [result.images_per_second for result in found.budgets] == [None, None]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tokens_without_memory_for_them(model, processor, data, workers):
+    with pytest.raises(ValueError, match="num_patches: 99999999 tokens for each of 3 images need more memory than"):
+        evaluate_classifier(model, processor, data.select(range(3)), NAMES, [9, 99999999], workers=workers)
 
 
 def test_a_budget_named_twice_counts_once(model, processor, data):
@@ -185,14 +190,6 @@ def test_the_model_is_as_before(model, processor, data, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         evaluate_classifier(model, processor, data.select([0]), NAMES)
     assert model.config.score_normalization == "batch"
-
-
-def test_a_part_is_evenly_spread(data):
-    assert evenly_spread(data, None) is data and evenly_spread(data, 1000) is data
-    rows = Dataset.from_dict({"row": range(10)})
-    assert evenly_spread(rows, 4)["row"][:] == [0, 2, 5, 7]
-    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
-        evenly_spread(rows, 0)
 
 
 # --- images that cannot be read ---------------------------------------------------------------------------------------
@@ -232,6 +229,8 @@ def test_an_unreadable_image_is_left_out_by_choice(model, processor, damaged, mo
 
 
 def test_nothing_can_be_read(model, processor, damaged):
+    with pytest.raises(ValueError, match="the data has no images"):
+        evaluate_classifier(model, processor, damaged.select([]), NAMES)
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
         evaluate_classifier(model, processor, damaged.select([2]), NAMES, skip_unreadable=True)
 
@@ -323,6 +322,21 @@ def test_running_statistics_are_used_once_there_are_any(model, processor, data):
         model.config.score_normalization = "batch"
 
 
+def test_equal_regions_have_no_rule(model, processor, data, monkeypatch):
+    monkeypatch.setattr(model.config, "partition", "uniform")
+    monkeypatch.setattr(RegionScorer, "is_dead", True)
+    found = evaluate_classifier(model, processor, data.select([0]), NAMES)
+    assert (found.score_normalization, found.scorer_is_dead) == (None, False)
+    with pytest.raises(ValueError, match=r"score_normalization: a model with partition='uniform' .*, got 'image'"):
+        evaluate_classifier(model, processor, data, NAMES, score_normalization="image")
+
+
+def test_a_dead_scorer_is_recorded(model, processor, data, monkeypatch):
+    assert evaluate_classifier(model, processor, data.select([0]), NAMES).scorer_is_dead is False
+    monkeypatch.setattr(RegionScorer, "is_dead", True)
+    assert evaluate_classifier(model, processor, data.select([0]), NAMES).scorer_is_dead is True
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -372,15 +386,17 @@ def saved(model, processor, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_reports_facts(model, processor, data, photos, saved, tmp_path):
+def test_a_run_reports_facts(model, processor, data, photos, saved, tmp_path, monkeypatch):
     lines = []
     output, plot = tmp_path / "evaluation.json", tmp_path / "plot.png"
-    results = run_evaluation(saved, photos, [16, 9], batch_size=8, output=output, plot=plot, say=lines.append)
+    monkeypatch.chdir(saved.parent)
+    results = run_evaluation(saved.name, photos, [16, 9], batch_size=8, output=output, plot=plot, say=lines.append)
     assert json.loads(output.read_text()) == results
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "plot.png"}
-    assert results["model"] == str(saved)
-    assert results["data"] == {"source": str(photos), "subset": None, "split": "test"}
+    assert results["model"] == str(saved.resolve())
+    assert results["weights_sha256"] == hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
+    assert results["data"] == {"source": str(photos.resolve()), "subset": None, "split": "test"}
     assert (results["num_images"], results["num_unreadable"], results["batch_size"]) == (IMAGES, 0, 8)
     assert results["score_normalization"] == "image"
     assert results["processor"] and results["command"]
@@ -393,6 +409,20 @@ def test_a_run_reports_facts(model, processor, data, photos, saved, tmp_path):
     assert "'image' in place of the model's own, 'batch'" in lines[0]
     assert lines[1:-2] == list(table(results))
     assert lines[-2:] == [f"Wrote {output}", f"Wrote {plot}"]
+
+
+def test_nothing_is_said_of_rules_where_there_are_none(model, processor, photos, tmp_path):
+    """The weights are in no safetensors file, and neither the rule nor a digest is made up."""
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "partition": "uniform"}))
+    lines = []
+    results = run_evaluation(tmp_path, photos, limit=2, say=lines.append)
+    assert (results["weights_sha256"], results["score_normalization"]) == (None, None)
+    assert lines == list(table(results)) and lines[0].endswith("batch 32; equal regions")
 
 
 def test_a_limit(photos, saved):
@@ -421,6 +451,7 @@ RESULTS = {
     "num_images": 1234,
     "num_unreadable": 2,
     "score_normalization": "image",
+    "scorer_is_dead": False,
     "dtype": "float32",
     "batch_size": 32,
     "processor": "a processor",
@@ -438,6 +469,20 @@ def test_the_table():
         "  tokens     top-1     top-5  images/s",
         "     392    87.50%    93.75%       8.2",
         "     121    75.00%         –     100.0",
+    ]
+    unusual = {
+        **RESULTS,
+        "num_unreadable": 0,
+        "score_normalization": None,
+        "scorer_is_dead": True,
+        "budgets": [{**RESULTS["budgets"][1], "images_per_second": None}],
+    }
+    assert list(table(unusual)) == [
+        "1,234 images of photos (test); a processor, float32, batch 32; equal regions",
+        "The scorer has no weights: these are results of regions that do not follow the image.",
+        "  tokens     top-1     top-5  images/s",
+        "     121    75.00%         –         –",
+        "No speed: there was no full batch of 32 images.",
     ]
 
 

@@ -1,10 +1,11 @@
-"""Output folders appear complete or not at all."""
+"""Output folders appear complete or not at all, and weights are known again."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from dart_hf.folders import check_unused, complete_folder
+from dart_hf.folders import check_unused, complete_folder, weights_digest
 
 
 def fill(folder: Path) -> None:
@@ -46,3 +47,12 @@ def test_a_folder_in_use_is_refused(tmp_path):
         check_unused(tmp_path)
     with pytest.raises(FileExistsError, match=r"one.txt is a file"):
         check_unused(tmp_path / "one.txt")
+
+
+def test_weights_are_known_by_their_content(tmp_path):
+    (tmp_path / "optimizer.safetensors").write_bytes(b"no weights of the model")
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        weights_digest(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"second")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"first")
+    assert weights_digest(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()

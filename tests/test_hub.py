@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hub_server import READ_TOKEN, HubServer
 from PIL import Image
 from skimage import data
+from timm.models import save_for_hf
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
 
 CLEAN_SCRIPT = Path(__file__).with_name("without_dart_hf.py")
 
@@ -122,7 +125,7 @@ def test_a_revision_of_a_private_model_loads_by_its_own_code(hub, tmp_path, mode
 
 def test_the_authors_checkpoint_is_converted_from_the_hub(hub, tmp_path, stand_in, converted):
     hub.add("yinkx3/DART", {"darvit-tiny.pth": stand_in("darvit-tiny").read_bytes()})
-    command = [Path(sys.executable).with_name("dart-hf"), "convert", "yinkx3/DART", "--variant", "darvit-tiny"]
+    command = [sys.executable, "-m", "dart_hf", "convert", "yinkx3/DART", "--variant", "darvit-tiny"]
     done = hub.run([*command, "--output", "dart-tiny"], tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Wrote dart-tiny\n", "")
     assert contents(tmp_path / "dart-tiny") == contents(converted("darvit-tiny"))
@@ -188,3 +191,99 @@ def test_a_prediction_from_the_hub(command_line, folder, picture):
     code, printed, _ = dart_hf("predict", picture, "--model", "user/model", "--top-k", "1")
     assert code == 0
     assert re.fullmatch(rf"{re.escape(str(picture))}\n +[\d.]+%  (cup|cat|rocket)\n", printed)
+
+
+@pytest.fixture(scope="module")
+def photos(picture) -> dict[str, bytes]:
+    """A data set of two splits with two images of each class."""
+    image = picture.read_bytes()
+    return {
+        f"{split}/{name}/{number}.png": image
+        for split in ("train", "test")
+        for name in ("cup", "cat", "rocket")
+        for number in range(2)
+    }
+
+
+def test_a_data_set_of_the_hub(command_line, tmp_path, folder, photos):
+    """Downloaded to evaluate with, and read as a stream while training."""
+    hub, dart_hf = command_line
+    hub.add("datasets/user/photos", photos)
+    code, printed, complaint = dart_hf("evaluate", "--model", folder, "--data", "user/photos", "--limit", "3")
+    assert code == 0, complaint
+    assert "3 images of user/photos (test)" in printed
+    stream = ["--streaming", "--max-steps", "1", "--per-device-train-batch-size", "2", "--output", tmp_path / "trained"]
+    code, printed, complaint = dart_hf("train", "--model", folder, "--data", "user/photos", *stream)
+    assert code == 0, complaint
+    facts = json.loads((tmp_path / "trained" / "training.json").read_text())
+    assert (facts["steps"], facts["data"]["source"]) == (1, "user/photos")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (None, "doesn't exist on the Hub or cannot be accessed; 'hf auth login'"),
+        ({"where": "info", "how": 403, "code": "GatedRepo"}, "gated"),
+        ({"where": "info", "how": 500}, "500"),
+        ({"where": "resolve_head", "how": 403}, "403"),
+        ({"where": "info", "how": "drop answer"}, "connection broke.*run this again"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(command_line, tmp_path, folder, photos, fault, reason, streaming):
+    hub, dart_hf = command_line
+    name = f"user/{tmp_path.name.replace('_', '-')}"
+    if fault is not None:
+        hub.add(f"datasets/{name}", photos)
+        hub.fail(**fault, path=name, times=100)
+    data = ["--model", folder, "--data", name]
+    if streaming:
+        code, printed, complaint = dart_hf(
+            "train", *data, "--streaming", "--max-steps", "1", "--output", tmp_path / "o"
+        )
+    else:
+        code, printed, complaint = dart_hf("evaluate", *data)
+    hub.mend()
+    assert (code, printed) == (2, "")
+    assert re.fullmatch(f"dart-hf: data: there is no folder '{name}', and no such data set .*{reason}.*\n", complaint)
+    assert "http" not in complaint
+
+
+@pytest.fixture(scope="module")
+def vit_folders(tmp_path_factory) -> dict[str, Path]:
+    """A small ViT of transformers, and one of timm."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("transformers", "timm")}
+    ViTModel(
+        ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(folders["transformers"])
+    ViTImageProcessor().save_pretrained(folders["transformers"])
+    size = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", num_classes=0, **size), folders["timm"], model_args=size)
+    return folders
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_a_vit_of_the_hub(command_line, tmp_path, vit_folders, library):
+    hub, dart_hf = command_line
+
+    def convert(name: str) -> tuple[int, str, str]:
+        return dart_hf("convert", "--from", "vit", f"user/{name}", "--output", tmp_path / "output")
+
+    def stops(name: str, reason: str, **fault: object) -> None:
+        hub.add(f"user/{name}", vit_folders[library], private=name.startswith("private"))
+        if fault:
+            hub.fail(**fault, times=100)
+        code, printed, complaint = convert(name)
+        hub.mend()
+        assert (code, printed) == (2, "")
+        assert re.fullmatch(f"dart-hf: .*user/{name}.*{reason}.*\n", complaint)
+        assert "damaged" not in complaint and "http" not in complaint
+        assert not (tmp_path / "output").exists()
+
+    stops(f"private-{library}", "no such repository, or it is private.*hf auth login")
+    stops(f"gated-{library}", "gated.*hf auth login", where="resolve_head", how=403, code="GatedRepo")
+    stops(library, "500", where="lfs_download", how=500)
+    stops(library, "connection broke.*run this again", where="lfs_download", how="drop answer", after_bytes=1000)
+    code, _, complaint = convert(library)
+    assert code == 0, complaint
+    assert DartModel.from_pretrained(tmp_path / "output").config.hidden_size == 32

@@ -1,11 +1,13 @@
 """Model cards say what is so, and nothing that no record tells."""
 
+import json
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from dart_hf import DartConfig, DartForImageClassification
-from dart_hf.model_card import BEGIN, END, SHOWN_LABELS, Records, make_model_card, renewed_card
+from dart_hf import DartConfig, DartForImageClassification, model_card
+from dart_hf.model_card import MADE, SHOWN_LABELS, TEMPLATES, Records, finished_card, make_model_card, read_record
 
 TRAINING = {
     "data": {
@@ -93,7 +95,8 @@ def test_metadata(model):
 
 
 def test_accuracies_by_budget(model):
-    card = read_back(make_model_card(model, "user/name", Records(TRAINING, EVALUATION)))
+    records = Records(TRAINING, EVALUATION, evaluation_dataset="user/photos")
+    card = read_back(make_model_card(model, "user/name", records))
     assert results(card) == [
         ("user/photos", None, "test", "Top-1 accuracy, 4 tokens", 0.8125),
         ("user/photos", None, "test", "Top-5 accuracy, 4 tokens", 0.98),
@@ -106,7 +109,7 @@ def test_accuracies_by_budget(model):
 
 
 def test_the_accuracy_at_the_end_of_the_training(model):
-    card = read_back(make_model_card(model, "user/name", Records(TRAINING)))
+    card = read_back(make_model_card(model, "user/name", Records(TRAINING, dataset="user/flowers")))
     assert results(card) == [
         ("user/flowers", "small", "validation", "Top-1 accuracy, 9 tokens", 0.75),
         ("user/flowers", "small", "validation", "Top-5 accuracy, 9 tokens", 0.95),
@@ -131,11 +134,53 @@ def test_training(model):
     )
 
 
-@pytest.mark.parametrize("training", [{"steps": 5}, {"data": None, "settings": None, "metrics": {}, "versions": None}])
+def test_data_that_are_not_on_the_hub_are_not_said_to_be(model):
+    evaluation = {**EVALUATION, "data": {"source": "mnist"}}
+    card = read_back(make_model_card(model, "user/name", Records({}, evaluation, dataset="user/flowers")))
+    assert {(result.dataset_type, result.dataset_name) for result in card.data.eval_results} == {("private", "mnist")}
+    assert "On 1,234 images of mnist" in card.text
+    card = read_back(make_model_card(model, "user/name", Records({}, {**EVALUATION, "data": {}})))
+    assert "On 1,234 images of data that are not public" in card.text
+
+
+@pytest.mark.parametrize("training", [{"steps": 5}, {"data": {}, "settings": {}, "metrics": {}, "versions": {}}])
 def test_incomplete_records(model, training):
-    card = read_back(make_model_card(model, "user/name", Records(training, {"budgets": []})))
+    evaluation = {"budgets": [{"num_patches": 4}, {"top1": 0.5}]}
+    card = read_back(make_model_card(model, "user/name", Records(training, evaluation)))
     assert card.data.eval_results is None
     assert "None" not in card.text
+
+
+def test_only_what_is_expected_is_read_of_records(tmp_path):
+    path = tmp_path / "training.json"
+    assert read_record(path, model_card.TRAINING) == {}
+    known = {key: value for key, value in TRAINING.items() if key != "settings"}
+    path.write_text(json.dumps({**TRAINING, "command": "dart-hf train --data /home/me", "mine": {"a": [1]}}))
+    assert read_record(path, model_card.TRAINING) == {**known, "settings": {"learning_rate": 0.001}}
+    path.write_text(json.dumps({**EVALUATION, "model": "/home/me/model"}))
+    budgets = [{"num_patches": 16, "top1": 0.9, "images_per_second": 10.0}, EVALUATION["budgets"][1]]
+    data = {"source": "user/photos", "split": "test"}
+    assert read_record(path, model_card.EVALUATION) == {**EVALUATION, "data": data, "budgets": budgets}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("[]", "[] is unexpected"),
+        ('{"data": "flowers"}', '"flowers" is unexpected'),
+        ('{"budgets": {"9": {"top1": 0.3}}}', "is unexpected"),
+        ('{"budgets": [{"num_patches": 9, "top1": "x"}]}', '"x" is unexpected'),
+        ('{"budgets": [{"num_patches": 9, "top1": NaN}]}', "NaN is unexpected"),
+        ('{"num_images": 0.5}', "0.5 is unexpected"),
+    ],
+)
+def test_damaged_records(tmp_path, text, words):
+    path = tmp_path / "evaluation.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"evaluation\.json' is damaged") as error:
+        read_record(path, {**model_card.TRAINING, **model_card.EVALUATION, "data": {}})
+    assert words in str(error.value)
 
 
 def test_the_model(model):
@@ -204,28 +249,42 @@ def test_the_code_on_a_card_runs(model, tmp_path, monkeypatch):
     assert namespace["outputs"].regions.scores.shape == (1, 4, 4)
 
 
-def test_a_renewed_card_keeps_what_others_wrote(model):
-    old = make_model_card(model, "user/name", Records(TRAINING, license="mit", base_model="user/base"))
-    edited = str(old).replace("tags:\n", "language: en\ntags:\n- mine\n").replace(BEGIN, f"Before.\n\n{BEGIN}")
-    edited += "\nAfter.\n"
-    new = make_model_card(make_model(num_labels=5), "user/name", Records(evaluation=EVALUATION))
-    card = read_back(renewed_card(ModelCard(edited), new))
-    assert (card.data.license, card.data.language, card.data.base_model) == ("mit", "en", "user/base")
-    assert card.data.tags == ["mine", *new.data.tags]
-    assert results(card) == results(new)
-    assert card.text == f"\nBefore.\n{new.text}\nAfter.\n"
-    assert str(renewed_card(card, new)) == str(card)
+@pytest.mark.parametrize("text", ["", f"\n{MADE}\n# Old\n", *(f"# Old\n{mark}\n" for mark in TEMPLATES)])
+def test_a_card_that_nobody_wrote_keeps_its_licence_only(model, text):
+    made = make_model_card(model, "user/name", Records(evaluation=EVALUATION))
+    metadata = "license: other\nlicense_name: mine\ntags: [old]\nbase_model: user/old"
+    card = read_back(finished_card(made, [ModelCard(f"---\n{metadata}\n---\n{text}")]))
+    assert card.text == made.text and MADE in made.text
+    assert card.data.to_dict() == {"license": "other", "license_name": "mine", **made.data.to_dict()}
+
+
+def test_a_card_that_somebody_wrote_keeps_its_text_and_metadata(model):
+    old = make_model_card(model, "user/old", Records(TRAINING, license="mit", base_model="user/base", example="a.png"))
+    own = str(old).replace(f"{MADE}\n", "Mine.").replace("tags:\n", "language: en\ntags:\n- mine\n")
+    own = ModelCard(own.replace("library_name: transformers", "library_name: other"))
+    made = make_model_card(
+        make_model(num_labels=5), "user/name", Records(evaluation=EVALUATION, dataset="user/flowers")
+    )
+    card = read_back(finished_card(made, [own]))
+    assert card.text == own.text
+    expected = {**made.data.to_dict(), "license": "mit", "language": "en", "library_name": "other"}
+    assert card.data.to_dict() == {**expected, "tags": ["mine", *made.data.tags]}
+    assert str(finished_card(made, [card])) == str(card)
+    assert finished_card(make_model_card(model, "user/name", Records()), [own]).data.to_dict().keys() == {
+        *("license", "language", "library_name", "pipeline_tag", "tags")
+    }
+
+
+def test_the_first_card_that_somebody_wrote_is_kept(model):
+    made = make_model_card(model, "user/name", Records())
+    template = ModelCard(f"---\nlicense: apache-2.0\n---\n# Model\n{TEMPLATES[0]}\n")
+    first, second = (ModelCard(f"---\nlicense: {name}\n---\n# {name}\n") for name in ("mit", "bsd"))
+    card = finished_card(made, [template, first, second])
+    assert (card.text, card.data.license) == (first.text, "mit")
 
 
 def test_a_licence_that_is_given_replaces_the_old_one(model):
-    old = make_model_card(model, "user/name", Records(license="mit"))
-    new = make_model_card(model, "user/name", Records(license="apache-2.0"))
-    assert renewed_card(old, new).data.license == "apache-2.0"
-
-
-@pytest.mark.parametrize("text", ["# Mine\n", f"# Mine\n{END}\n{BEGIN}\n", ""])
-def test_text_without_both_lines_is_nobody_elses(model, text):
-    made = make_model_card(model, "user/name", Records())
-    card = renewed_card(ModelCard(f"---\nlicense: mit\n---\n{text}"), made)
-    assert card.text == text
-    assert card.data.to_dict() == {"license": "mit", **made.data.to_dict()}
+    made = make_model_card(model, "user/name", Records(license="apache-2.0"))
+    for text in (MADE, "# Mine"):
+        old = ModelCard(f"---\nlicense: other\nlicense_name: mine\n---\n{text}\n")
+        assert finished_card(made, [old]).data.to_dict() == made.data.to_dict()

@@ -3,6 +3,7 @@
 huggingface_hub reads the Hub's address at import, so it runs in a process of its own, a `Client` that serves all tests.
 """
 
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Blob, Commit, HubServer
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
@@ -26,7 +28,8 @@ from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, publishing
 from dart_hf.cli import app
-from dart_hf.model_card import BEGIN
+from dart_hf.folders import weights_digest
+from dart_hf.model_card import MADE
 
 CODE = [
     "configuration_dart.py",
@@ -174,7 +177,13 @@ def folder(tmp_path_factory) -> Path:
     training = {
         "data": {"source": str(folder / "flowers"), "train_split": "train", "num_train_images": 900},
         "started_from": "user/pretrained",
-        "settings": {"learning_rate": 0.001, "hub_token": "hf_secret", "teacher": "/home/me/teacher"},
+        "settings": {
+            "learning_rate": 0.001,
+            "data": "flowers",
+            "hub_token": "hf_secret",
+            "model_settings": '{"scorer_weights": "/home/me/trunk.pth"}',
+            "teacher": "../me/teacher",
+        },
         "steps": 7,
         "epochs": 1.5,
     }
@@ -184,6 +193,7 @@ def folder(tmp_path_factory) -> Path:
         "score_normalization": "running",
         "budgets": [{"num_patches": 9, "top1": 0.9, "top5": None, "images_per_second": 8.0}],
         "command": "dart-hf evaluate --model /home/me/model",
+        "weights_sha256": weights_digest(folder),
     }
     (folder / "training.json").write_text(json.dumps(training))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -211,6 +221,7 @@ def image(tmp_path_factory) -> Path:
 def published(hub, client, folder) -> dict[str, bytes]:
     """The files of user/tulips, published from `folder`."""
     hub.add("user/pretrained", {"config.json": b"{}"})
+    hub.add("datasets/user/photos", {})
     client.publish(folder, "user/tulips")
     return hub.repository("user/tulips").files()
 
@@ -241,10 +252,23 @@ def test_one_commit_has_the_model_and_nothing_else(hub, published, folder):
 def test_nothing_private_is_published(published, folder):
     for name in ("README.md", "training.json", "evaluation.json", "config.json"):
         text = published[name].decode()
-        assert str(folder.parent) not in text and "/home/me" not in text and "hf_secret" not in text
+        assert not [word for word in (str(folder.parent), "/me", "hf_secret") if word in text]
     training = json.loads(published["training.json"])
     assert training["data"]["source"] == "flowers"
-    assert training["settings"] == {"learning_rate": 0.001, "teacher": "teacher"}
+    assert training["settings"] == {"learning_rate": 0.001}
+
+
+@pytest.mark.parametrize(("options", "is_named"), [([], False), (["--private"], True)])
+def test_only_readers_of_what_is_private_learn_of_it(hub, client, tmp_path, options, is_named):
+    hub.add("user/patients", {}, private=True)
+    hub.add("datasets/user/xrays", {}, private=True)
+    folder, name = save(tmp_path / "model", make_model(0)), f"user/discreet{len(options)}"
+    training = {"started_from": "user/patients", "data": {"source": "user/xrays"}, "metrics": {"eval_accuracy": 0.5}}
+    (folder / "training.json").write_text(json.dumps(training))
+    client.publish(folder, name, *options)
+    files = hub.repository(name).files()
+    for secret in (b"patients", b"xrays"):
+        assert (secret in files["README.md"], secret in files["training.json"]) == (is_named, is_named)
 
 
 def test_the_card_tells_what_is_on_record(published):
@@ -361,10 +385,49 @@ def test_a_new_model_takes_the_place_of_the_old_one(hub, client, folder, old_mod
     assert repository.files() == {**renamed(published, "replaced"), "handler.py": handler}
 
 
-def test_a_folder_of_several_weight_files(hub, client, old_model):
+def test_a_folder_of_several_weight_files(hub, client, old_model, tmp_path):
+    """Of which the records are published with the digest of the one file that is made of them."""
+    evaluation = {"num_images": 90, "weights_sha256": weights_digest(old_model)}
+    (old_model / "evaluation.json").write_text(json.dumps(evaluation))
     client.publish(old_model, "user/sharded")
     files = hub.repository("user/sharded").files()
     assert not [name for name in files if "-of-" in name or "index" in name]
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    assert json.loads(files["evaluation.json"]) == {"num_images": 90, "weights_sha256": weights_digest(tmp_path)}
+
+
+@pytest.mark.parametrize("digest", [{}, {"weights_sha256": "0" * 64}])
+def test_what_is_measured_of_other_weights_is_left_out(hub, client, tmp_path, digest):
+    folder, name = save(tmp_path / "model", make_model(0)), f"user/stale{len(digest)}"
+    hub.add(name, {"evaluation.json": b"{}"})
+    budgets = [{"num_patches": 9, "top1": 0.875}]
+    (folder / "evaluation.json").write_text(json.dumps({"num_images": 90, "budgets": budgets, **digest}))
+    assert f"{folder / 'evaluation.json'} is not of these weights" in client.publish(folder, name)
+    files = hub.repository(name).files()
+    assert "evaluation.json" not in files and b"87.5%" not in files["README.md"]
+
+
+def test_another_kind_of_model_is_not_mixed_with(hub, client, folder):
+    old = hub.add("user/bert", {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"bert"})
+    assert "config.json is of type 'bert', not 'dart'" in client.mistake(folder, "user/bert")
+    assert hub.repository("user/bert").find() is old
+
+
+@pytest.mark.parametrize(
+    ("name", "belongs"),
+    [
+        ("model.fp16.safetensors", True),
+        ("model.fp16-00001-of-00002.safetensors", True),
+        ("model.safetensors.index.fp16.json", True),
+        ("pytorch_model.bin", True),
+        ("pytorch_model-00001-of-00002.bin", True),
+        ("processor_config.json", True),
+        ("training_args.bin", False),
+        ("handler.py", False),
+    ],
+)
+def test_which_files_belong_to_weights(name, belongs):
+    assert bool(publishing.BELONGS_TO_WEIGHTS.fullmatch(name)) is belongs
 
 
 def test_the_same_again_commits_nothing(hub, client, published, folder):
@@ -378,52 +441,58 @@ def test_the_same_again_commits_nothing(hub, client, published, folder):
 # --- the model card ---------------------------------------------------------------------------------------------------
 
 
-def test_a_card_that_somebody_edited_keeps_the_edits(hub, client, folder):
-    name = "user/edited"
-    first = client.publish(folder, name, "--license", "cc-by-4.0")
-    assert "licence" not in first
-    edited = hub.repository(name).files()["README.md"].decode()
-    edited = edited.replace("license: cc-by-4.0", "license: cc-by-4.0\nlanguage: en").replace(
-        BEGIN, f"Mine.\n\n{BEGIN}"
-    )
-    stale = edited.replace("90.0%", "12.3%")
-    assert stale != edited
-    hub.add(name, {"README.md": stale.encode()})
-    assert "its own text" not in client.publish(folder, name)
-    card = ModelCard(hub.repository(name).files()["README.md"].decode())
-    assert (card.data.license, card.data.language) == ("cc-by-4.0", "en")
-    assert card.text == ModelCard(edited).text
+def card_of(hub: HubServer, name: str) -> ModelCard:
+    return ModelCard(hub.repository(name).files()["README.md"].decode())
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
-def test_a_card_of_ones_own_is_kept_unless_it_is_to_be_replaced(hub, client, where, tmp_path):
-    own = b"---\nlicense: mit\ntags: [flowers]\nmetrics: [f1]\n---\n# Mine\n"
+def test_a_card_made_of_another_model_is_made_anew(hub, client, published, where, tmp_path):
+    made = published["README.md"].replace(b"library_name", b"license: cc-by-4.0\nlibrary_name")
+    assert MADE.encode() in made
+    name, folder = f"user/anew-{where}", save(tmp_path / "model", make_model(3))
+    hub.add(name, {"README.md": made} if where == "hub" else {})
+    if where == "folder":
+        (folder / "README.md").write_bytes(made)
+    printed = client.publish(folder, name)
+    assert "licence" not in printed and "somebody wrote" not in printed
+    card = card_of(hub, name)
+    assert (card.data.license, card.data.base_model, card.data.eval_results) == ("cc-by-4.0", None, None)
+    assert "## Accuracy" not in card.text
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_card_of_ones_own_keeps_its_text(hub, client, where, tmp_path):
+    own = b"---\nlicense: mit\ntags: [flowers]\nmetrics: [f1]\nbase_model: user/old\n---\n# Mine\n"
     name, folder = f"user/own-{where}", save(tmp_path / "model", make_model(0))
     hub.add(name, {"README.md": own if where == "hub" else b"# Older\n"})
     if where == "folder":
         (folder / "README.md").write_bytes(own)
-    assert "its own text" in client.publish(folder, name)
-    card = ModelCard(hub.repository(name).files()["README.md"].decode())
+    assert "keeps the text that somebody wrote" in client.publish(folder, name)
+    card = card_of(hub, name)
     assert card.text == "# Mine\n"
     assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-classification")
     assert card.data.tags[:2] == ["flowers", "dart"]
-    # On the Hub, metrics are of the model that was there.
-    assert card.data.metrics == (["f1"] if where == "folder" else None)
-
-    assert "states no licence" in client.publish(folder, name, "--replace-card")
-    assert "Mine" not in hub.repository(name).files()["README.md"].decode()
+    assert (card.data.metrics, card.data.base_model) == (None, None)
 
 
 def test_example_image(hub, client, image, tmp_path):
+    """Only its pixels, whatever its name has for the Hub's patterns."""
     folder = save(tmp_path / "model", make_model(0))
-    client.publish(folder, "user/example", "--example", image)
+    secret = Image.Exif()
+    secret[0x010E] = "at home"
+    photo = tmp_path / "photo[1].jpg"
+    Image.open(image).save(photo, exif=secret, comment="at home")
+    assert b"at home" in photo.read_bytes()
+    client.publish(folder, "user/example", "--example", photo)
     files = hub.repository("user/example").files()
-    assert files["cup.png"] == image.read_bytes()
-    assert ModelCard(files["README.md"].decode()).data.widget == [{"src": "cup.png", "example_title": "Example"}]
+    assert b"at home" not in files["example.jpg"]
+    assert Image.open(io.BytesIO(files["example.jpg"])).size == (60, 40)
+    assert card_of(hub, "user/example").data.widget == [{"src": "example.jpg", "example_title": "Example"}]
     (folder / "example.png").write_bytes(image.read_bytes())
     client.publish(folder, "user/example")
-    files = hub.repository("user/example").files()
-    assert ModelCard(files["README.md"].decode()).data.widget == [{"src": "example.png", "example_title": "Example"}]
+    pixels = Image.open(io.BytesIO(hub.repository("user/example").files()["example.png"]))
+    assert pixels.tobytes() == Image.open(image).tobytes()
+    assert card_of(hub, "user/example").data.widget == [{"src": "example.png", "example_title": "Example"}]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -443,14 +512,17 @@ class Case:
 NOTHING = "Nothing was published."
 COMPARE = "run this again to do so."
 CASES = [
-    Case("create", 429, "in some minutes"),
-    Case("create", 500, "the Hub has a problem; run this again later (500"),
-    Case("create", "drop request", "the connection to the Hub broke; run this again"),
-    Case("info", 503, "run this again later"),
+    Case("refs", 404, "already created"),
+    Case("refs", 429, "in some minutes"),
+    Case("refs", "drop request", "the connection broke; run this again"),
+    Case("info", 401, "hf auth login"),
+    Case("info", 404, "check the name"),
+    Case("info", 503, "the Hub has a problem; run this again later (503"),
     Case("info", "drop answer", "run this again", after_bytes=20),
     Case("validate_yaml", 500, "run this again later"),
     Case("validate_yaml", "drop answer", "run this again"),
     Case("preupload", 402, "no storage left"),
+    Case("preupload", 409, "changed by somebody else; run this again"),
     Case("preupload", 429, "in some minutes"),
     Case("preupload", 500, "run this again later"),
     Case("preupload", "drop request", "run this again"),
@@ -463,7 +535,7 @@ CASES = [
     Case("lfs_verify", 400, "the Hub refuses what was sent"),
     Case("commit", 401, "log in with 'hf auth login'"),
     Case("commit", 403, "use one with write access"),
-    Case("commit", 404, "check the names"),
+    Case("commit", 404, "check the name"),
     Case("commit", 409, "changed by somebody else; run this again"),
     Case("commit", 500, "run this again later"),
     Case("commit", 503, "run this again later"),
@@ -471,7 +543,7 @@ CASES = [
     Case("commit", "drop answer", "perhaps this one; running this again", leaves="new"),
     Case("commit", "drop answer", "perhaps this one; running this again", after_bytes=20, leaves="new"),
     Case("tree", 500, COMPARE, leaves="new"),
-    Case("resolve_head", 500, COMPARE, leaves="new"),
+    Case("resolve_head", 500, "run this again later"),
     Case("lfs_download", 404, COMPARE, leaves="new"),
 ]
 
@@ -507,6 +579,96 @@ def test_a_fault_leaves_the_old_or_the_new_model(hub, client, folder, old_model,
     assert contents(folder) == before
 
 
+@dataclass(frozen=True)
+class NewCase:
+    """A fault while something new is made, and what the message says at its end."""
+
+    where: str
+    how: int | str
+    words: str
+    options: tuple[str, ...] = ()
+    end: str = NOTHING
+
+
+EMPTY = f"{NOTHING} The repository was made, and is empty."
+NEW_CASES = [
+    NewCase("create", 401, "log in with 'hf auth login'"),
+    NewCase("create", 404, "check the name"),
+    NewCase("create", 409, "changed by somebody else; run this again"),
+    NewCase("create", 429, "in some minutes"),
+    NewCase("create", 500, "run this again later (500"),
+    NewCase("create", "drop request", "the connection broke; run this again"),
+    NewCase("validate_yaml", 400, "the Hub refuses what was sent", end=EMPTY),
+    NewCase("lfs_batch", 500, "run this again later", end=EMPTY),
+    NewCase("commit", "drop request", "run this again", end=EMPTY),
+    NewCase("branch", 409, "changed by somebody else", ("--revision", "next"), EMPTY),
+    NewCase("branch", "drop answer", "run this again", ("--revision", "next"), EMPTY),
+]
+
+
+@pytest.mark.parametrize("case", NEW_CASES, ids=lambda case: f"{case.where}-{case.how}".replace(" ", "-"))
+def test_a_fault_while_a_repository_is_made(hub, client, folder, published, case, request):
+    name = f"new-{request.node.callspec.id.replace('_', '-')}"
+    hub.storage.lfs.pop(Blob(published["model.safetensors"]).sha256, None)
+    hub.fail(case.where, case.how, times=100)
+    message = client.mistake(folder, f"user/{name}", *case.options)
+    hub.mend()
+    assert case.words in message and message.endswith(case.end)
+    assert (f"user/{name}" in hub.storage.repositories) is (case.end == EMPTY)
+    client.publish(folder, f"user/{name}", *case.options)
+    revision = case.options[-1] if case.options else "main"
+    assert hub.repository(f"user/{name}").files(revision) == renamed(published, name)
+
+
+@pytest.mark.parametrize("how", [403, 500, "drop answer"])
+def test_a_fault_while_a_branch_is_made(hub, client, folder, old_model, published, how):
+    name = f"branching-{how}".replace(" ", "-")
+    old = hub.add(f"user/{name}", old_model)
+    hub.fail("branch", how, times=100)
+    assert client.mistake(folder, f"user/{name}", "--revision", "next").endswith(NOTHING)
+    hub.mend()
+    client.publish(folder, f"user/{name}", "--revision", "next")
+    repository = hub.repository(f"user/{name}")
+    assert repository.find() is old and b"dart-hf" in repository.files("next")["README.md"]
+
+
+@pytest.mark.parametrize("where", ["refs", "info", "preupload", "lfs_upload", "commit"])
+def test_a_fault_leaves_no_pull_request(hub, client, folder, old_model, published, where):
+    name = f"user/faulty-pull-{where}".replace("_", "-")
+    hub.add(name, old_model)
+    hub.storage.lfs.pop(Blob(published["model.safetensors"]).sha256, None)
+    hub.fail(where, 403, times=100)
+    message = client.mistake(folder, name, "--create-pr")
+    hub.mend()
+    assert message.endswith(NOTHING) and list(hub.repository(name).refs) == [hub_server.MAIN]
+
+
+def test_a_pull_request_that_could_not_be_compared_is_gone_on_with(hub, client, folder, old_model):
+    hub.add("user/unsure", old_model)
+    hub.fail("tree", 500, times=100)
+    message = client.mistake(folder, "user/unsure", "--create-pr")
+    hub.mend()
+    assert f"{hub.address}/user/unsure/discussions/1" in message
+    assert message.endswith("run this again with --revision refs/pr/1 to do so.")
+    assert "already" in client.publish(folder, "user/unsure", "--revision", "refs/pr/1")
+    assert "refs/pr/2" not in hub.repository("user/unsure").refs
+
+
+def test_a_pull_request_makes_no_repository(hub, client, folder):
+    message = client.mistake(folder, "user/typo", "--create-pr")
+    assert "there is no such repository" in message and message.endswith(NOTHING)
+    assert "user/typo" not in hub.storage.repositories
+
+
+def test_a_source_that_cannot_be_looked_up_is_not_named(hub, client, folder, published):
+    name = "user/unnamed"
+    hub.fail("info", 403, path="datasets/user/photos", times=100)
+    client.publish(folder, name)
+    hub.mend()
+    assert "user/photos" not in hub.repository(name).files()["README.md"].decode()
+    assert card_of(hub, name).data.eval_results[0].dataset_type == "private"
+
+
 def test_a_card_that_cannot_be_fetched_is_not_overwritten(hub, client, folder):
     old = hub.add("user/unread", {"README.md": b"# Mine"})
     hub.fail("resolve_head", 403)
@@ -531,11 +693,31 @@ def test_an_interrupted_upload_can_be_run_again(hub, client, folder, published, 
     threading.Thread(target=interrupt, daemon=True).start()
     exit_code, stdout, stderr = client.call("run", "publish", folder, f"user/{name}")
     assert (exit_code, stdout) == (130, "") and "Traceback" not in stderr
+    assert "Whether the commit was made is not known; running this again makes it only if it is missing." in stderr
     repository = hub.repository(f"user/{name}")
     assert repository.find() is old
     assert contents(folder) == before
     client.publish(folder, f"user/{name}")
     assert repository.files() == renamed(published, name)
+
+
+def test_an_interrupted_comparison_is_of_a_known_commit(hub, client, folder, published):
+    hub.add("user/late", {})
+    hub.stalled.clear()
+    hub.fail("tree", "stall")
+
+    def interrupt() -> None:
+        hub.stalled.wait()
+        os.kill(process, signal.SIGINT)
+
+    process = client.call("process")
+    threading.Thread(target=interrupt, daemon=True).start()
+    exit_code, stdout, stderr = client.call("run", "publish", folder, "user/late")
+    hub.mend()
+    commit = hub.repository("user/late").find().id
+    assert (exit_code, stdout) == (130, "")
+    assert f"uploaded to 'user/late' as commit {commit}, but not compared with the local one" in stderr
+    assert hub.repository("user/late").files() == renamed(published, "late")
 
 
 def test_somebody_elses_commit_is_not_mixed_with(hub, client, folder, published, monkeypatch):
@@ -571,7 +753,7 @@ def test_a_pull_request_whose_answer_is_lost(hub, client, folder, old_model):
         ("user/new", None, "log in with 'hf auth login' or set HF_TOKEN"),
         ("user/new", "hf_wrong", "does not accept the token; log in"),
         ("user/new", READ_TOKEN, "use one with write access"),
-        ("organisation/new", WRITE_TOKEN, "no access to that; use one"),
+        ("organisation/new", WRITE_TOKEN, "no access to that; to write there use one"),
         ("user/tulips", READ_TOKEN, "use one with write access"),
         ("user/tulips", STRANGER_TOKEN, "or open a pull request (--create-pr)"),
     ],
@@ -584,16 +766,18 @@ def test_without_the_right_token(hub, client, folder, published, name, token, wo
     assert "user/new" not in hub.storage.repositories
 
 
-def test_a_branch_that_cannot_be(hub, client, folder, published):
-    for options in (["--create-pr", "--revision", "none"], ["--revision", "refs/pr/99"]):
-        assert "no such repository or branch" in client.mistake(folder, "user/tulips", *options)
+@pytest.mark.parametrize("options", [["--create-pr", "--revision", "none"], ["--revision", "refs/pr/99"]])
+def test_a_branch_that_cannot_be(hub, client, folder, published, options):
+    message = client.mistake(folder, "user/tulips", *options)
+    assert f"has no branch or pull request '{options[-1]}'" in message and message.endswith(NOTHING)
 
 
-def test_a_card_that_the_hub_refuses(hub, client, tmp_path):
-    folder = save(tmp_path / "model", make_model(0))
-    hub.fail("validate_yaml", 400)
-    message = client.mistake(folder, "user/refused")
-    assert "the Hub refuses what was sent" in message and message.endswith(NOTHING)
+def test_what_is_no_branch(hub, client, folder, published):
+    repository = hub.repository("user/tulips")
+    repository.name_commit("refs/tags/v1", "main")
+    for revision in ("v1", repository.find().id):
+        message = client.mistake(folder, "user/tulips", "--revision", revision)
+        assert f"revision must be a branch, got the tag or commit '{revision}'" in message
 
 
 def test_what_comes_back_changed_is_an_error(hub, client, folder, monkeypatch):
@@ -696,8 +880,8 @@ def with_a_broken_example(folder: Path) -> None:
         (diverged, "logits are not finite"),
         (with_another_models_processor, "channels"),
         (with_a_damaged_record, "training.json' is damaged"),
-        (with_a_record_of_another_kind, "evaluation.json' must hold a JSON object"),
-        (with_a_broken_card, "README.md cannot be read"),
+        (with_a_record_of_another_kind, "evaluation.json' is damaged"),
+        (with_a_broken_card, "README.md in the folder cannot be read"),
         (with_a_broken_example, "Cannot read"),
     ],
 )
@@ -713,13 +897,32 @@ def test_a_dead_scorer_that_is_not_run(online, tmp_path):
         run(folder, "user/model")
 
 
-def test_only_ids_of_the_hub_are_named_as_such(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "user" / "local").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("source", "shown", "known"),
+    [
+        ("user/photos", "user/photos", "user/photos"),
+        ("user/private", None, None),
+        ("user/none", None, None),
+        ("user/model", None, None),
+        ("preset tiny", "preset tiny", None),
+        ("/home/me/photos", "photos", None),
+        ("../photos", None, None),
+        ("", None, None),
+    ],
+)
+def test_how_sources_are_named(monkeypatch, source, shown, known):
     repository = publishing._Repository("user/model", None, False, WRITE_TOKEN)
-    monkeypatch.setattr(repository.api, "repo_exists", lambda name, repo_type: name != "user/none")
-    names = ["user/photos", "user/local", "user/model", "user/none", "preset tiny", "../user/photos", "", None]
-    assert [repository.known_id(name, "dataset") for name in names] == ["user/photos", *[None] * 7]
+
+    def repo_info(name: str, repo_type: str) -> SimpleNamespace:
+        validate_repo_id(name)
+        if name == "user/none":
+            raise OSError
+        return SimpleNamespace(private=name == "user/private")
+
+    monkeypatch.setattr(repository.api, "repo_info", repo_info)
+    record = {"source": source}
+    assert repository.name_source(record, "source", "dataset") == known
+    assert record.get("source") == shown
 
 
 def test_it_is_said_if_nothing_is_known_of_a_commit(monkeypatch):
@@ -739,7 +942,7 @@ def test_other_logits_are_an_error(folder, tmp_path, monkeypatch):
     repository = publishing._Repository("user/model", None, False, WRITE_TOKEN)
     monkeypatch.setattr(repository.api, "snapshot_download", lambda *_, **__: None)
     monkeypatch.setattr(publishing.filecmp, "cmpfiles", lambda *_, **__: ([], [], []))
-    commit = SimpleNamespace(oid="abc", pr_revision=None)
+    commit = SimpleNamespace(oid="abc", pr_revision=None, pr_url=None)
     expected = publishing._answers(*publishing._load_complete(folder))
     repository.check(commit, folder, folder, expected)
     with pytest.raises(publishing.PublishingError, match="its logits differ from the local model's by up to"):

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from tiny_training import same_tensors, tiny_trainer
+from tiny_training import TINY, same_tensors, tiny_pictures, tiny_trainer
 from transformers import Trainer, TrainerState
 
 from dart_hf import averaging, checkpoints
@@ -31,6 +33,7 @@ from dart_hf.checkpoints import (
     remove_incomplete_checkpoints,
     resume_training,
 )
+from dart_hf.training_command import SETTINGS_FILE, parse_settings, run_training
 
 WEIGHTS = "model.safetensors"
 RANDOM_KILLS = 14
@@ -55,7 +58,44 @@ def train_with_stock_trainer(output: Path) -> None:
     trainer.save_model()
 
 
-TRAININGS: list[Training] = [train_with_stock_trainer]
+def train_with_the_command(output: Path) -> None:
+    settings = {
+        "data": str(output.parent / "pictures"),
+        "preset": "tiny",
+        "model_settings": json.dumps(TINY),
+        "crop_pct": 1.0,
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "ema_decay": 0.9,
+        "horizontal_flip": 0.5,
+        "random_erasing": 0.5,
+        "mixup": 0.5,
+        "cutmix": 0.5,
+        "repeated_augmentation": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = ["--output", str(output)]
+    if (output / SETTINGS_FILE).exists():
+        arguments += ["--resume"]
+    else:
+        arguments += [option for name, value in settings.items() for option in (f"--{name}", str(value))]
+    run_training(parse_settings(arguments), say=lambda line: None)
+
+
+TRAININGS: list[Training] = [train_with_stock_trainer, train_with_the_command]
+
+
+def write_pictures(folder: Path) -> None:
+    for split, count in (("train", 22), ("test", 6)):
+        for number, row in enumerate(tiny_pictures(count)):
+            (folder / split / str(row["label"])).mkdir(parents=True, exist_ok=True)
+            row["image"].save(folder / split / str(row["label"]) / f"{number}.png")
 
 
 # --- how they are killed ----------------------------------------------------------------------------------------------
@@ -106,7 +146,7 @@ MOMENTS = {
 }
 
 
-def run_training(train: Training, output: Path, moment: str | None = None) -> None:
+def run_to_a_moment(train: Training, output: Path, moment: str | None = None) -> None:
     """Train in this process, which dies when it comes to a moment for the second time: so that every run gets on."""
     torch.set_num_threads(1)
     # `Trainer` collects garbage, which would copy all that this process shares with the one it was forked from.
@@ -128,14 +168,14 @@ def run_training(train: Training, output: Path, moment: str | None = None) -> No
 def run_training_keeping_all(train: Training, output: Path) -> None:
     """Train in this process, undisturbed, and without deleting a checkpoint."""
     checkpoints._remove = lambda checkpoint: None
-    run_training(train, output)
+    run_to_a_moment(train, output)
 
 
 @pytest.fixture(scope="module")
 def start():
     """Runs a function in a process of its own, in which everything has been imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "dart_hf.averaging", "dart_hf.checkpoints", "dart_hf.metrics"])
+    context.set_forkserver_preload(["pytest", "dart_hf.averaging", "dart_hf.checkpoints", "dart_hf.training_command"])
 
     def start(function: Callable[..., None], *args: Any) -> multiprocessing.Process:
         process = context.Process(target=function, args=args, daemon=True)
@@ -152,6 +192,7 @@ def start():
 
 @pytest.mark.parametrize("train", TRAININGS)
 def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
+    write_pictures(tmp_path / "pictures")
     undisturbed = tmp_path / "undisturbed"
     started = time.monotonic()
     process = start(run_training_keeping_all, train, undisturbed)
@@ -164,7 +205,7 @@ def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
     pending: list[str | None] = [*MOMENTS, *[None] * RANDOM_KILLS]
     num_runs = 0
     while pending:
-        process = start(run_training, train, output, pending[0])
+        process = start(run_to_a_moment, train, output, pending[0])
         if pending[0] is None:
             process.join(delays.uniform(0, 0.6) * duration)
             process.kill()
@@ -182,7 +223,7 @@ def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
             shutil.rmtree(output)
             output, steps = next(outputs), -1
 
-    process = start(run_training, train, output)
+    process = start(run_to_a_moment, train, output)
     process.join()
     assert process.exitcode == 0
     assert_same_result(output, undisturbed)
@@ -265,7 +306,10 @@ def train_as_process(rank: int, port: int, output: Path, checkpoint: Path | None
     save_file(trainer.model.state_dict(), output / f"process-{rank}.safetensors")
 
 
-def test_two_processes_keep_the_same_average_and_wait_for_each_other(start, tmp_path):
+@pytest.fixture(scope="module")
+def train_as_two(start):
+    """Runs a training in two processes, and gives the weights that both of them end with."""
+
     def train(output, checkpoint=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -278,9 +322,27 @@ def test_two_processes_keep_the_same_average_and_wait_for_each_other(start, tmp_
         assert same_tensors(first, second)
         return first
 
-    undisturbed = train(tmp_path / "undisturbed")
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained_as_two(train_as_two, tmp_path_factory):
+    """The folder and the final weights of such a training."""
+    output = tmp_path_factory.mktemp("two-processes")
+    return output, train_as_two(output)
+
+
+def test_two_processes_keep_the_same_average_and_wait_for_each_other(trained_as_two):
+    output, weights = trained_as_two
+    assert same_tensors(weights, load_file(output / "checkpoint-9" / EMA_FILE))
     for step in (3, 6, 9):
-        files = json.loads((tmp_path / "undisturbed" / f"checkpoint-{step}" / MARKER).read_text())["files"]
+        files = json.loads((output / f"checkpoint-{step}" / MARKER).read_text())["files"]
         assert files.keys() > {"rng_state_0.pth", "rng_state_1.pth", EMA_FILE}
-    # In the middle of an epoch.
-    assert same_tensors(train(tmp_path / "resumed", tmp_path / "undisturbed" / "checkpoint-3"), undisturbed)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="transformers cannot resume several processes on a CPU"
+)
+def test_two_processes_resume_in_the_middle_of_an_epoch(train_as_two, trained_as_two, tmp_path):
+    output, weights = trained_as_two
+    assert same_tensors(train_as_two(tmp_path, output / "checkpoint-3"), weights)

@@ -10,13 +10,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
-from dart_hf.averaging import EmaCallback
 from dart_hf.cli import app
 from dart_hf.data import load_image_data
 from dart_hf.digits_on_photos import digits_on_photos
@@ -140,7 +140,17 @@ def test_settings_that_are_wrong(arguments, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("mixups: 0.8", "unknown setting 'mixups'"), ("[1, 2]", "must map names"), ("a: [", "neither YAML nor JSON")],
+    [
+        ("mixups: 0.8", "Unrecognized arguments: --mixups 0.8"),
+        ("learning_rate: abc", "--learning-rate: invalid float value: 'abc'"),
+        ("mixup: [1, 2]", "Unrecognized arguments: 2"),
+        ("distillation: medium", "--distillation: invalid choice: 'medium'"),
+        ("bf16: perhaps", "bf16"),
+        ("resume: true", "may have all settings but resume"),
+        ("output_dir: x", "may have all settings but"),
+        ("[1, 2]", "must map names"),
+        ("a: [", "neither YAML nor JSON"),
+    ],
 )
 def test_a_file_that_is_wrong(tmp_path, content, message):
     (tmp_path / "config.yaml").write_text(content)
@@ -231,20 +241,23 @@ def test_the_command_reports(few, config, tmp_path):
     assert f"Wrote {tmp_path / 'out'}" in result.stdout
 
 
-def test_a_run_goes_on_to_the_same_weights(few, config, tmp_path):
+@pytest.mark.parametrize("held_out", [0.1, 0.25])
+def test_a_run_goes_on_to_the_same_weights(few, config, tmp_path, held_out):
     arguments = ["--data", few, "--config", config, "--save-strategy", "steps", "--save-steps", 2, "--ema-decay", 0.9]
     arguments += ["--per-device-train-batch-size", 4, "--drop-path-rate", 0.2, "--horizontal-flip", 0.5, "--mixup", 0.5]
-    arguments += ["--repeated-augmentation", 2]
+    arguments += ["--repeated-augmentation", 2, "--save-total-limit", 10]
+    # With ten pictures to learn from, the last batch of an epoch has two; with nine, one.
+    arguments += ["--held-out", held_out]
     train(*arguments, "--output", tmp_path / "whole", "--num-train-epochs", 4)
     broken = tmp_path / "broken"
     train(*arguments, "--output", broken, "--num-train-epochs", 4)
-    # As if killed after step 4, in the second epoch of three steps each, while writing step 6.
+    # As if killed in the third epoch of three steps each, while it wrote checkpoint-8.
     for path in broken.iterdir():
-        if path.name not in ("settings.json", "checkpoint-4", "checkpoint-6"):
+        if path.name not in ("train_settings.json", "checkpoint-6"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert not (broken / "checkpoint-4").exists() or (broken / "checkpoint-4" / "complete.json").exists()
-    (broken / "checkpoint-12").mkdir()
-    (broken / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    assert (broken / "checkpoint-6" / "complete.json").exists()
+    (broken / "checkpoint-8").mkdir()
+    (broken / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
     train("--output", broken, "--resume")
     whole, again = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", broken))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -257,7 +270,7 @@ def test_a_resume_without_anything_to_go_on_with(tmp_path):
 
 def test_a_folder_in_use_is_left_alone(trained, digits, config):
     before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
-    assert "holds a model or a training" in sentence(
+    assert "is not empty; give a new one" in sentence(
         command("--config", config, "--data", digits, "--output", trained[0])
     )
     assert before == {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
@@ -266,7 +279,7 @@ def test_a_folder_in_use_is_left_alone(trained, digits, config):
 def test_checkpoints_of_another_program_are_left_alone(few, config, tmp_path):
     (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
     arguments = ["--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1]
-    assert "holds a model or a training" in sentence(command(*arguments))
+    assert "is not empty; give a new one" in sentence(command(*arguments))
     assert (tmp_path / "out" / "checkpoint-7").exists()
 
 
@@ -277,12 +290,66 @@ def test_a_mistake_does_not_claim_the_folder(few, config, tmp_path):
     train(*arguments, "--config", config)
 
 
-def test_streaming(digits, config, tmp_path):
-    arguments = ["--config", config, "--data", digits, "--output", tmp_path / "out", "--streaming"]
-    assert "streaming: a stream has no length" in sentence(command(*arguments))
-    facts = train(*arguments, "--max-steps", 3, "--repeated-augmentation", 2)
-    assert facts["steps"] == 3
+def test_a_stream_goes_on_to_the_same_weights(few, config, tmp_path):
+    arguments = ["--config", config, "--data", few, "--streaming", "--per-device-train-batch-size", 4]
+    assert "streaming: a stream has no length" in sentence(command(*arguments, "--output", tmp_path / "out"))
+    arguments += ["--max-steps", 8, "--save-strategy", "steps", "--save-steps", 5, "--horizontal-flip", 0.5]
+    facts = train(*arguments, "--output", tmp_path / "whole")
+    assert facts["steps"] == 8
     assert facts["data"]["num_train_images"] is None
+    # Step 5 is in the second pass over twelve pictures.
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-8")
+    train("--output", tmp_path / "broken", "--resume")
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "change", [["--num-patches", 4], ["--model-settings", "{}"], ["--class-names", "0", "1"], ["--image-size", 64]]
+)
+def test_what_cannot_change_in_the_middle(trained, change):
+    assert "cannot change in the middle of a training" in sentence(command("--output", trained[0], "--resume", *change))
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert "has no complete checkpoint to go on from" in sentence(command("--output", tmp_path / "out", "--resume"))
+    assert load_model(tmp_path / "out")
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_deleted(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").unlink()
+    assert "has no complete checkpoint to go on from" in sentence(command("--output", tmp_path / "out", "--resume"))
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-steps", 0], "There is nothing to train"),
+        (["--gradient-accumulation-steps", 0], "gradient_accumulation_steps must be at least 1"),
+        (["--reference-batch-size", 0], "reference_batch_size must be at least 1"),
+        (["--output-dir", "elsewhere"], "Use output for output_dir"),
+        (["--held-out", 1.5], "held_out must be at least 0 and below 1, got 1.5"),
+        (["--model-settings", '{"hidden_size": "abc"}'], "hidden_size"),
+        (["--remove-unused-columns"], "remove_unused_columns=True would take the images away"),
+    ],
+)
+def test_values_out_of_range(few, config, tmp_path, arguments, message):
+    base = ["--config", config, "--data", few, "--output", tmp_path / "out"]
+    assert message in sentence(command(*base, *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_in_yaml_as_people_write_them(few, tmp_path):
+    content = {**CONFIG, "data": str(few), "output": str(tmp_path / "out"), "max_steps": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content) + "eval_strategy: no\nsave_strategy: no\n")
+    train("--config", tmp_path / "config.yaml")
+    assert load_model(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_the_example_trains_as_the_command_does(few, config, tmp_path, monkeypatch):
@@ -315,6 +382,15 @@ def damaged(few, tmp_path) -> Path:
     victim = sorted((tmp_path / "damaged" / "1").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:60])
     return tmp_path / "damaged"
+
+
+def test_corrupt_images_of_a_stream_and_of_a_whole_batch(damaged, config, tmp_path):
+    arguments = ["--config", config, "--data", damaged, "--eval-strategy", "no", "--max-steps", 12]
+    arguments += ["--per-device-train-batch-size", 1, "--skip-unreadable", "--held-out", 0]
+    for name, more in (("stream", ["--streaming"]), ("mixed", ["--mixup", 0.5]), ("plain", [])):
+        facts = train(*arguments, *more, "--output", tmp_path / name)
+        assert facts["skipped_images"] == 1
+        assert load_file(tmp_path / name / "model.safetensors")["classifier.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -368,7 +444,7 @@ def test_a_head_of_other_classes_is_replaced_only_if_asked_for(start, starting, 
         model.save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
         with pytest.raises(
-            ValueError, match=r"classes of .* are not those of the data: .*\(0, 1.*3 \(0, 1, 2\).*new-head"
+            ValueError, match=r"classes of .* are not the 3 of the data; only one of them has '[235]'; .*--new-head"
         ):
             starting(ModelArguments(model=str(tmp_path)))
         renewed, _ = starting(ModelArguments(model=str(tmp_path), new_head=True))
@@ -377,6 +453,15 @@ def test_a_head_of_other_classes_is_replaced_only_if_asked_for(start, starting, 
         if len(names) == 3:
             assert not torch.equal(renewed.classifier.weight, model.classifier.weight)
         assert torch.equal(renewed.dart.layernorm.weight, model.dart.layernorm.weight)
+
+
+def test_a_model_without_a_head_gets_one(start, starting, tmp_path):
+    model, processor = load_model(start)
+    model.dart.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    started, _ = starting(ModelArguments(model=str(tmp_path)))
+    assert started.classifier.weight.shape == (3, 32)
+    assert torch.equal(started.dart.layernorm.weight, model.dart.layernorm.weight)
 
 
 def test_settings_of_the_model_can_be_changed_but_not_so_that_weights_are_lost(start, starting):
@@ -411,7 +496,7 @@ def test_fine_tuning_turns_the_published_normalisation_to_running(start, few, tm
 def test_a_frozen_scorer_without_weights_is_refused(few, tmp_path, config):
     frozen = {**SMALL, "scorer": "mobilenet_v3_small"}
     arguments = ["--data", few, "--config", config, "--model-settings", json.dumps(frozen), "--max-steps", 1]
-    assert "The scorer is dead" in sentence(command(*arguments, "--output", tmp_path / "out"))
+    assert "is frozen and has no weights: give scorer_weights (--scorer-weights)" in sentence(command(*arguments, "--output", tmp_path / "out"))
     weights = DartForImageClassification(DartConfig(**frozen)).scorer.trunk.state_dict()
     torch.save(weights, tmp_path / "trunk.pth")
     train(*arguments, "--output", tmp_path / "other", "--scorer-weights", tmp_path / "trunk.pth")
@@ -428,7 +513,7 @@ def test_a_plain_vit_becomes_a_dart(few, tmp_path):
     vit.save_pretrained(tmp_path / "vit")
     ViTImageProcessor().save_pretrained(tmp_path / "vit")
     arguments = ["--data", few, "--model", tmp_path / "vit", "--model-settings", '{"scorer": "conv"}', "--max-steps", 1]
-    assert "are not those of the data" in sentence(command(*arguments, "--output", tmp_path / "out"))
+    assert "are not the 3 of the data" in sentence(command(*arguments, "--output", tmp_path / "out"))
     facts = train(
         *arguments, "--new-head", "--output", tmp_path / "tuned", "--learning-rate", 0, "--disable-tqdm", True
     )
@@ -442,23 +527,39 @@ def test_a_plain_vit_becomes_a_dart(few, tmp_path):
 def test_the_recipe_reaches_the_trainer(few, start, tmp_path, monkeypatch):
     found = {}
 
-    def remember(trainer, checkpoint):
-        found["trainer"] = trainer
-        raise InterruptedError
+    def remember(name):
+        def call(*arguments, **settings):
+            found[name] = (arguments, settings)
+            if name == "trainer":
+                raise InterruptedError
 
-    monkeypatch.setattr("dart_hf.training_command.resume_training", remember)
+        return call
+
+    monkeypatch.setattr("dart_hf.training_command.resume_training", remember("trainer"))
+    monkeypatch.setattr("dart_hf.training.training_transform", remember("transform"))
+    monkeypatch.setattr("dart_hf.training.MixImages", remember("mix"))
     with pytest.raises(InterruptedError):
         train("--data", few, "--model", start, "--output", tmp_path / "out", "--teacher", start, "--mixup", 0.4,
               "--cutmix", 0.6, "--label-smoothing-factor", 0.2, "--repeated-augmentation", 4, "--ema-decay", 0.5,
               "--layer-decay", 0.5, "--scorer-learning-rate", 1e-6, "--distillation", "hard", "--distillation-alpha",
-              0.3, "--reference-batch-size", 64, "--learning-rate", 0.1, "--per-device-train-batch-size", 8,
-              "--gradient-accumulation-steps", 2)  # fmt: skip
-    trainer = found["trainer"]
+              0.3, "--distillation-temperature", 3, "--reference-batch-size", 64, "--learning-rate", 0.1,
+              "--per-device-train-batch-size", 8, "--gradient-accumulation-steps", 2, "--auto-augment", "rand-m3",
+              "--random-erasing", 0.1, "--crop-scale", 0.2, "--horizontal-flip", 0.3, "--color-jitter",
+              0.4)  # fmt: skip
+    ((trainer, checkpoint), _) = found["trainer"]
+    assert checkpoint is None
+    assert found["transform"][1] == {
+        "auto_augment": "rand-m3", "random_erasing": 0.1, "crop_scale": 0.2, "horizontal_flip": 0.3, "color_jitter": 0.4
+    }  # fmt: skip
+    assert found["mix"][0] == (3, 0.4, 0.6, 0.2)
     assert trainer.args.learning_rate == pytest.approx(0.1 * 16 / 64)
     assert trainer.train_dataset.repeats == 4
-    assert trainer.data_collator.mix.label_smoothing == 0.2
-    assert isinstance(trainer.compute_loss_func, DistillationLoss)
-    (ema,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EmaCallback)]
-    assert ema.decay == 0.5
+    loss = trainer.compute_loss_func
+    assert isinstance(loss, DistillationLoss)
+    assert (loss.kind, loss.alpha, loss.temperature) == ("hard", 0.3, 3)
+    callbacks = {type(callback).__name__: callback for callback in trainer.callback_handler.callbacks}
+    assert {"EpochCallback", "RandomStateCallback", "RunningScoresCallback"} <= callbacks.keys()
+    assert callbacks["EmaCallback"].decay == 0.5
+    assert [*callbacks][-1] == "CompleteCheckpointCallback"
     rates = {round(group["lr"], 9) for group in trainer.create_optimizer().param_groups}
     assert {1e-6, 0.025, 0.0125} <= rates

@@ -16,25 +16,25 @@ SIDE = 24
 NUM_LABELS = 3
 
 
+# A classifier in which every kind of state is at work: random numbers, running statistics of scores, BatchNorm.
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.2,
+    "hidden_dropout_prob": 0.1,
+    "drop_path_rate": 0.3,
+    "image_size": SIDE,
+    "patch_size": 8,
+    "num_patches": 6,
+    "scorer": "conv",
+}
+
+
 def tiny_dart(**settings: Any) -> DartForImageClassification:
-    """A classifier in which every kind of state is at work: random numbers, running statistics of scores, BatchNorm."""
     set_seed(0)
-    config = DartConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=0.2,
-        hidden_dropout_prob=0.1,
-        drop_path_rate=0.3,
-        image_size=SIDE,
-        patch_size=8,
-        num_patches=6,
-        scorer="conv",
-        num_labels=NUM_LABELS,
-        **settings,
-    )
-    return DartForImageClassification(config)
+    return DartForImageClassification(DartConfig(**TINY, num_labels=NUM_LABELS, **settings))
 
 
 def tiny_pictures(count: int) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from transformers import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTImageProcessor,
+    DeiTModel,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -35,17 +36,21 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
 from dart_hf.cli import app
 from dart_hf.conversion import vit
 from dart_hf.conversion.vit import convert_vit
+from dart_hf.data import ImageData
 from dart_hf.modeling.region_scorer import RegionScorer
+from dart_hf.training_command import ModelArguments, start_model
 
 LABELS = ["cup", "cat", "rocket", "tree", "house"]
 CLASSES = {
     "vit": (ViTConfig, ViTForImageClassification, ViTImageProcessor),
     "deit": (DeiTConfig, DeiTForImageClassification, DeiTImageProcessor),
     "teacher": (DeiTConfig, DeiTForImageClassificationWithTeacher, DeiTImageProcessor),
+    "vit-encoder": (ViTConfig, ViTModel, ViTImageProcessor),
+    "deit-encoder": (DeiTConfig, DeiTModel, DeiTImageProcessor),
 }
 
 
@@ -59,7 +64,7 @@ def with_random_weights(model: nn.Module) -> nn.Module:
 
 
 def transformers_source(folder: Path, kind: str = "vit", **settings) -> nn.Module:
-    """Save a small classifier of transformers in `folder`, with its image processor."""
+    """Save a small model of transformers in `folder`, with its image processor."""
     config_class, model_class, processor_class = CLASSES[kind]
     defaults = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
@@ -71,11 +76,14 @@ def transformers_source(folder: Path, kind: str = "vit", **settings) -> nn.Modul
     return model
 
 
-def timm_source(folder: Path, name: str = "vit_tiny_patch16_224", safe: bool = True, **model_args) -> nn.Module:
-    """Save a small classifier of timm in `folder`, as timm does."""
+def timm_source(
+    folder: Path, name: str = "vit_tiny_patch16_224", safe: bool = True, labels: list[str] = LABELS, **model_args
+) -> nn.Module:
+    """Save a small classifier of timm in `folder`, as timm does, or an encoder where there are no labels."""
     model_args = {"embed_dim": 32, "depth": 2, "num_heads": 2, **model_args}
-    model = with_random_weights(timm.create_model(name, num_classes=len(LABELS), **model_args))
-    save_for_hf(model, folder, {"label_names": LABELS}, model_args=model_args, safe_serialization=safe)
+    model = with_random_weights(timm.create_model(name, num_classes=len(labels), **model_args))
+    model_config = {"label_names": labels} if labels else {}
+    save_for_hf(model, folder, model_config, model_args=model_args, safe_serialization=safe)
     return model
 
 
@@ -161,6 +169,48 @@ def test_equal_regions_give_the_sources_logits(name, tmp_path):
     expected = logits_of(source, images(model, torch.float64))
     # The distillation token and its position were added in float32.
     torch.testing.assert_close(logits_of(model, images(model, torch.float64)), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (transformers_source, {"kind": "vit-encoder"}),
+        (transformers_source, {"kind": "deit-encoder"}),
+        (transformers_source, {"kind": "vit", "num_labels": 0, "id2label": {}, "label2id": {}}),
+        (timm_source, {"labels": []}),
+        (timm_source, {"labels": [], "name": "deit_tiny_distilled_patch16_224"}),
+    ],
+)
+def test_a_source_without_a_classifier_becomes_a_model_with_its_class_token(make, settings, tmp_path):
+    source = make(tmp_path / "source", **settings)
+    folder = convert_vit(tmp_path / "source", tmp_path / "output", say=lambda sentence: None)
+    model, loading = DartModel.from_pretrained(folder, output_loading_info=True)
+    assert model.config.architectures == ["DartModel"]
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    pixel_values = images(model)
+    with torch.inference_mode():
+        if make is timm_source:
+            hidden_states = source.forward_features(pixel_values)
+        else:
+            hidden_states = source.base_model(pixel_values).last_hidden_state
+        found = model.eval()(pixel_values)
+    torch.testing.assert_close(found.pooler_output, hidden_states[:, 0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.last_hidden_state, hidden_states, rtol=0, atol=2e-5)
+    assert (hidden_states[0, 0] - hidden_states[1, 0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("new_head", [True, False])
+def test_training_starts_from_an_encoder_with_a_new_head(new_head, tmp_path):
+    source = transformers_source(tmp_path / "source", "vit-encoder")
+    arguments = ModelArguments(
+        str(tmp_path / "source"), model_settings='{"scorer": "conv"}', partition="uniform", new_head=new_head
+    )
+    model, _ = start_model(arguments, ImageData(None, None, LABELS, None), say=pytest.fail)
+    assert list(model.config.id2label.values()) == LABELS and model.classifier.weight.std() > 0
+    with torch.inference_mode():
+        features = source(images(model)).last_hidden_state[:, 0]
+        expected = model.classifier(features)
+    torch.testing.assert_close(logits_of(model.eval(), images(model)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +481,6 @@ def test_images_of_one_channel_need_a_scorer_that_reads_them(make, settings, tmp
         ({"patch_size": [16, 32]}, "patch_size is 16×32; only squares"),
         ({"image_size": 230}, "image_size 230 is no multiple of its patch_size 16"),
         ({"num_channels": 1}, "reads 3 channels, got num_channels=1"),
-        ({"num_labels": 0, "id2label": {}, "label2id": {}}, "has no classifier: its number of labels is 0"),
     ],
 )
 def test_what_dart_cannot_be_is_refused(settings, message, tmp_path):
@@ -440,9 +489,9 @@ def test_what_dart_cannot_be_is_refused(settings, message, tmp_path):
 
 
 def test_other_models_are_refused(tmp_path):
-    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    ViTModel(config).save_pretrained(tmp_path / "encoder")
-    stops("has no classifier: it is ViTModel", tmp_path / "encoder", tmp_path)
+    transformers_source(tmp_path / "encoder")
+    edit_json(tmp_path / "encoder" / "config.json", architectures=["ViTForMaskedImageModeling"])
+    stops("encoder' is ViTForMaskedImageModeling; bare encoders and image cl", tmp_path / "encoder", tmp_path)
     ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(
         tmp_path / "resnet"
     )
@@ -451,7 +500,8 @@ def test_other_models_are_refused(tmp_path):
     stops("'.*empty' holds no model: it has no config.json", tmp_path / "empty", tmp_path, FileNotFoundError)
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "config.json").write_text('{"model_type": "unknown"}')
-    stops("'.*unknown' cannot be read", tmp_path / "unknown", tmp_path)
+    with pytest.raises(ValueError, match="model type `unknown`"):
+        convert_vit(tmp_path / "unknown", tmp_path / "output")
 
 
 def test_other_ways_to_prepare_images_are_refused(tmp_path):
@@ -459,7 +509,12 @@ def test_other_ways_to_prepare_images_are_refused(tmp_path):
     edit_json(tmp_path / "source" / "preprocessor_config.json", do_pad=True, pad_size={"height": 9, "width": 9})
     stops("image processor has do_pad", tmp_path / "source", tmp_path)
     (tmp_path / "source" / "preprocessor_config.json").unlink()
-    stops("the image processor of '.*source' cannot be read", tmp_path / "source", tmp_path, OSError)
+    stops(
+        "the image processor of '.*source' cannot be had: Can't load image processor for '.*source'.$",
+        tmp_path / "source",
+        tmp_path,
+        OSError,
+    )
 
     timm_source(tmp_path / "timm")
     config = json.loads((tmp_path / "timm" / "config.json").read_text())
@@ -540,14 +595,14 @@ def test_pickles_are_read_without_executing_them(library, tmp_path):
     (transformers_source if library == "transformers" else timm_source)(tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").unlink()
     torch.save({"weight": Malicious(tmp_path / "trace")}, tmp_path / "source" / "pytorch_model.bin")
-    stops("mkdir|damaged", tmp_path / "source", tmp_path)
+    stops("mkdir|Weights only load failed.$", tmp_path / "source", tmp_path)
     assert not (tmp_path / "trace").exists()
 
 
 def test_a_model_that_timm_cannot_build_stops(tmp_path):
     timm_source(tmp_path / "source")
     edit_json(tmp_path / "source" / "config.json", architecture="vit_of_tomorrow")
-    stops("timm's 'vit_of_tomorrow' cannot be built from its config.json: Unknown model", tmp_path / "source", tmp_path)
+    stops("timm's 'vit_of_tomorrow' cannot be used: Unknown model", tmp_path / "source", tmp_path)
 
 
 # --- where the source is ---------------------------------------------------------------------------------------------
@@ -555,11 +610,11 @@ def test_a_model_that_timm_cannot_build_stops(tmp_path):
 
 def test_what_is_neither_a_folder_nor_an_id_stops(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stops(r"there is no folder './vit'", "./vit", tmp_path, FileNotFoundError)
-    stops("there is no folder 'models/vit/last'", "models/vit/last", tmp_path, FileNotFoundError)
+    stops(r"There is no folder './vit'", "./vit", tmp_path, FileNotFoundError)
+    stops("There is no folder 'models/vit/last'", "models/vit/last", tmp_path, FileNotFoundError)
     (tmp_path / "vit.pth").touch()
     stops("'vit.pth' is a file; give the model's folder", "vit.pth", tmp_path, NotADirectoryError)
-    stops("'no/body' cannot be read", "no/body", tmp_path, OSError)
+    stops("There is no folder 'no/body', and no such model could be had from the Hub", "no/body", tmp_path, OSError)
 
 
 def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
@@ -583,12 +638,12 @@ def test_timms_name_without_a_tag_is_its_default_weights(name, hub_id, tmp_path,
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def ask(name, **options):
+    def ask(name):
         asked.append(name)
-        raise OSError("We are offline.\nCheck your connection.")
+        raise OSError("We are offline.")
 
-    monkeypatch.setattr(vit.AutoConfig, "from_pretrained", ask)
-    stops(f"source: '{hub_id}' cannot be read: We are offline.$", name, tmp_path, OSError)
+    monkeypatch.setattr(vit, "load_config", ask)
+    stops("We are offline.", name, tmp_path, OSError)
     assert asked == [hub_id]
 
 
@@ -635,8 +690,8 @@ for source, output in zip(sys.argv[1::2], sys.argv[2::2]):
 def test_timms_weights_on_the_hub_may_be_a_pickle(present, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     timm_source(Path("downloaded"), safe=False)
-    config = vit.AutoConfig.from_pretrained("downloaded")
-    monkeypatch.setattr(vit.AutoConfig, "from_pretrained", lambda name, **options: config)
+    config = vit.load_config("downloaded")
+    monkeypatch.setattr(vit, "load_config", lambda name: config)
     asked = []
 
     def download(repository, name):
@@ -649,7 +704,7 @@ def test_timms_weights_on_the_hub_may_be_a_pickle(present, tmp_path, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     if present is None:
-        stops("the weights of 'somebody/vit' cannot be had: Not in the cache", "somebody/vit", tmp_path, OSError)
+        stops("the model 'somebody/vit' cannot be had: Not in the cache", "somebody/vit", tmp_path, OSError)
         assert asked == ["config.json", "model.safetensors"]
     else:
         convert_vit("somebody/vit", "output", say=lambda sentence: None)
@@ -696,7 +751,7 @@ def test_the_command_passes_its_options_on(tmp_path):
         (["--from", "dart", "--partition", "flow"], "--partition goes with --from vit, got --from dart"),
         (["--from", "vit", "--score-grid-size", "0"], "--score-grid-size"),
         (["--from", "vit", "--partition", "hexagons"], "partition must be one of"),
-        (["--from", "vit"], "source: there is no folder './none'"),
+        (["--from", "vit"], "There is no folder './none'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
