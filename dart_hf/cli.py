@@ -228,6 +228,12 @@ def evaluate(
         str | None,
         typer.Option(metavar="NAME", help="Which images; without it the data's validation images, else its test ones."),
     ] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", min=0, max=0.99, help="Evaluate with the training images that train held out: 0.1 of them."
+        ),
+    ] = 0.0,
     subset: Subset = None,
     num_patches: Annotated[
         str | None,
@@ -269,6 +275,7 @@ def evaluate(
         budgets=parse_budgets(num_patches) if num_patches is not None else (),
         subset=subset,
         split=split,
+        held_out=held_out,
         limit=limit,
         batch_size=batch_size,
         score_normalization=score_normalization,

@@ -100,13 +100,12 @@ def load_image_data(
         learned = (train_split or "").partition("[")[0]
         evaluation_split = next((name for name in EVALUATION_SPLITS if name in splits and name != learned), None)
     train, evaluation = (
-        None if name is None else _select_split(splits, name, argument, source)
-        for name, argument in ((train_split, "train_split"), (evaluation_split, "evaluation_split"))
+        None if name is None else _select_split(splits, name, source) for name in (train_split, evaluation_split)
     )
     if train is None and evaluation is None:
         raise ValueError(
             f"data: {str(source)!r} has none of the splits {', '.join(map(repr, EVALUATION_SPLITS))} to evaluate with; "
-            f"it has {_named(splits)}: name one."
+            f"it has {_named(splits)}: name one (--split), or take what train held out (--held-out 0.1)."
         )
     present = [split for split in (train, evaluation) if split is not None]
     columns = _columns(present[0], image_column, label_column, source, needs_labels)
@@ -167,20 +166,20 @@ def _no_images(name: str) -> ValueError:
     )
 
 
-def _select_split(splits: Mapping[str, Split], name: str, argument: str, source: str | os.PathLike) -> Split:
+def _select_split(splits: Mapping[str, Split], name: str, source: str | os.PathLike) -> Split:
     """A split by its name, or a part of one in `datasets`' slice notation."""
     base, _, part = name.partition("[")
     if base not in splits:
-        raise ValueError(f"{argument}: {str(source)!r} has no split {base!r}; it has {_named(splits)}.")
+        raise ValueError(f"data: {str(source)!r} has no split {base!r}; it has {_named(splits)}.")
     split = splits[base]
     if not part:
         return split
     if isinstance(split, datasets.IterableDataset):
-        raise ValueError(f"{argument}: a stream has no parts, got {name!r}; give {base!r}.")
+        raise ValueError(f"data: a stream has no parts, got {name!r}; give {base!r}.")
     try:
         instruction = datasets.ReadInstruction.from_spec(name).to_absolute({base: len(split)})[0]
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"{argument}: {name!r} is no part of a split such as '{base}[:1000]': {error}.") from error
+        raise ValueError(f"data: {name!r} is no part of a split such as '{base}[:1000]': {error}.") from error
     return split.select(range(instruction.from_ or 0, len(split) if instruction.to is None else instruction.to))
 
 

@@ -334,6 +334,7 @@ def run_evaluation(
     budgets: Sequence[int] = (),
     subset: str | None = None,
     split: str | None = None,
+    held_out: float = 0.0,
     limit: int | None = None,
     batch_size: int = 32,
     score_normalization: str | None = None,
@@ -349,6 +350,7 @@ def run_evaluation(
     Args:
         source: The model, as for [`load_model`].
         data, subset, split: The images, as for [`load_image_data`]; `split` is its `evaluation_split`.
+        held_out: Use the share of the training images that a training with this `held_out` evaluated with.
         limit: Use this many images, evenly spread over the data set.
         budgets, batch_size, score_normalization, skip_unreadable, workers, progress: As for [`evaluate_classifier`].
         output: JSON file for what is returned.
@@ -371,7 +373,15 @@ def run_evaluation(
         _check_writable(Path(output))
     digest = weights_digest(Path(source)) if any(Path(source).glob("model*.safetensors")) else None
     model, image_processor = load_model(source)
-    loaded = load_image_data(data, subset, train_split=None, evaluation_split=split)
+    if held_out:
+        loaded = load_image_data(data, subset, held_out=held_out)
+        if split is not None or loaded.evaluation_split is not None:
+            raise ValueError(
+                "held_out is for data without a split to evaluate with; here there is "
+                f"{split or loaded.evaluation_split!r}."
+            )
+    else:
+        loaded = load_image_data(data, subset, train_split=None, evaluation_split=split)
     images = evenly_spread(loaded.evaluation, limit)
     evaluation = evaluate_classifier(
         model,
@@ -392,7 +402,11 @@ def run_evaluation(
     results = {
         "model": located(os.fspath(source)),
         "weights_sha256": digest,
-        "data": {"source": located(os.fspath(data)), "subset": subset, "split": split or str(images.split)},
+        "data": {
+            "source": located(os.fspath(data)),
+            "subset": subset,
+            "split": "held out of train" if held_out else split or str(images.split),
+        },
         **asdict(evaluation),
         "processor": where["gpu"] or where["processor"],
         "threads": where["threads"],

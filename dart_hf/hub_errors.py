@@ -5,6 +5,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -42,7 +43,7 @@ def hub_reason(error: BaseException) -> str:
             return "there is no such repository, or it is private; check the name, or log in with 'hf auth login'"
         case RevisionNotFoundError():
             return "the repository has no such branch, tag or commit"
-        case EntryNotFoundError():
+        case EntryNotFoundError() as missing if not isinstance(missing, LocalEntryNotFoundError):
             return "the repository has no such file"
         case HfHubHTTPError() as refusal:
             status = refusal.response.status_code

@@ -565,13 +565,14 @@ def _set_crop(image_processor: BaseImageProcessor, image_size: int, crop_pct: fl
 
 
 def _summary(model: PreTrainedModel, data: ImageData) -> str:
-    def count(split: Any) -> str:
-        return f"{len(split):,}" if hasattr(split, "__len__") else "A stream of"
-
     held_out = " (held out of them)" if data.evaluation_split is None else ""
-    tested = f", {count(data.evaluation)} to evaluate{held_out}" if data.evaluation is not None else ""
+    learned, tested = (
+        f"{len(split):,} images" if hasattr(split, "__len__") else "a stream of images"
+        for split in (data.train, data.evaluation or [])
+    )
+    also = f", {tested} to evaluate{held_out}" if data.evaluation is not None else ""
     return (
-        f"{count(data.train)} images of {len(data.label_names)} classes to learn from{tested}; "
+        f"{len(data.label_names)} classes: {learned} to learn from{also}; "
         f"{model.num_parameters() / 1e6:.1f} million weights, {model.config.num_patches} tokens an image."
     )
 

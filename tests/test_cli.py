@@ -165,12 +165,12 @@ def test_evaluate_prints_a_table_and_writes_results(folder):
     )
     assert result.exit_code == 0
     results = json.loads(Path("evaluation.json").read_text())
-    assert results["data"] == {"source": "photos", "subset": None, "split": "test"}
+    assert results["data"] == {"source": str(folder / "photos"), "subset": None, "split": "test"}
     assert (results["num_images"], results["score_normalization"], results["batch_size"]) == (4, "image", 3)
     assert [budget["num_patches"] for budget in results["budgets"]] == [9, 16]
     rule, about, heads, *rows, wrote_json, wrote_plot = result.stdout.splitlines()
     assert "'image' in place of the model's own, 'batch'" in rule
-    assert about.startswith("4 images of photos (test); ")
+    assert about.startswith(f"4 images of {folder / 'photos'} (test); ")
     assert heads.split() == ["tokens", "top-1", "top-5", "images/s"]
     for row, budget in zip(rows, results["budgets"], strict=True):
         assert row.split()[:3] == [str(budget["num_patches"]), f"{budget['top1']:.2%}", "–"]

@@ -271,9 +271,7 @@ def test_a_split_to_learn_from_is_none_to_evaluate_with(folder):
 
 
 def test_classes_in_another_order(tmp_path, folder):
-    with pytest.raises(
-        ValueError, match=r"are 'cat', 'dog', in this order, for all splits; got 'dog'"
-    ):
+    with pytest.raises(ValueError, match=r"are 'cat', 'dog', in this order, for all splits; got 'dog'"):
         load_image_data(folder, class_names=["dog", "cat"])
     features = [Features({"image": Image(), "label": ClassLabel(names=names)}) for names in ("ab", "ba")]
     splits = {
@@ -314,12 +312,12 @@ def test_images_without_labels(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evaluation_split": "val"}, "evaluation_split: .* has no split 'val'; it has 'train', 'test'"),
-        ({"train_split": "train[:x]"}, r"train_split: 'train\[:x\]' is no part of a split"),
+        ({"evaluation_split": "val"}, "data: .* has no split 'val'; it has 'train', 'test'"),
+        ({"train_split": "train[:x]"}, r"data: 'train\[:x\]' is no part of a split"),
         ({"image_column": "photo"}, "image_column: .* has no column 'photo'; it has 'image', 'label'"),
         ({"label_column": "kind"}, "label_column: .* has no column 'kind'; it has 'image', 'label'"),
         ({"subset": "large"}, "could not be read: .*'large' not found"),
-        ({"train_split": "train[:3]", "streaming": True}, "train_split: a stream has no parts"),
+        ({"train_split": "train[:3]", "streaming": True}, "data: a stream has no parts"),
     ],
 )
 def test_what_a_source_does_not_have(folder, settings, message):

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from timm.data import ImageNetInfo
 
 import dart_hf.evaluation
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf.data import load_image_data
 from dart_hf.evaluation import (
     draw_accuracy,
     evaluate_classifier,
@@ -390,7 +393,8 @@ def test_a_run_reports_facts(model, processor, data, photos, saved, tmp_path, mo
     lines = []
     output, plot = tmp_path / "evaluation.json", tmp_path / "plot.png"
     monkeypatch.chdir(saved.parent)
-    results = run_evaluation(saved.name, photos, [16, 9], batch_size=8, output=output, plot=plot, say=lines.append)
+    source, data_source = saved.name, os.path.relpath(photos, saved.parent)
+    results = run_evaluation(source, data_source, [16, 9], batch_size=8, output=output, plot=plot, say=lines.append)
     assert json.loads(output.read_text()) == results
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "plot.png"}
@@ -423,6 +427,17 @@ def test_nothing_is_said_of_rules_where_there_are_none(model, processor, photos,
     results = run_evaluation(tmp_path, photos, limit=2, say=lines.append)
     assert (results["weights_sha256"], results["score_normalization"]) == (None, None)
     assert lines == list(table(results)) and lines[0].endswith("batch 32; equal regions")
+
+
+def test_what_a_training_held_out(photos, saved, tmp_path):
+    (split,) = photos.iterdir()
+    results = run_evaluation(saved, split, held_out=0.3, say=lambda line: None)
+    assert results["num_images"] == len(load_image_data(split, held_out=0.3).evaluation)
+    assert results["data"]["split"] == "held out of train"
+    for name in ("train", "test"):
+        shutil.copytree(split, tmp_path / name)
+    with pytest.raises(ValueError, match="held_out is for data without a split to evaluate with; here there is 'test'"):
+        run_evaluation(saved, tmp_path, held_out=0.3)
 
 
 def test_a_limit(photos, saved):

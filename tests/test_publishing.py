@@ -676,24 +676,34 @@ def test_a_card_that_cannot_be_fetched_is_not_overwritten(hub, client, folder):
     assert hub.repository("user/unread").find() is old
 
 
+def interrupt_publishing(hub: HubServer, client: Client, folder: Path, name: str, where: str) -> str:
+    """Press Ctrl-C when a request is not answered; returns what is printed then."""
+    hub.stalled.clear()
+    hub.fail(where, "stall")
+    process, over = client.call("process"), threading.Event()
+
+    def interrupt() -> None:
+        hub.stalled.wait()
+        # Once more if the signal came just before the client began to wait, which does not wake it.
+        while not over.is_set():
+            os.kill(process, signal.SIGINT)
+            over.wait(5)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    exit_code, stdout, stderr = client.call("run", "publish", folder, name)
+    over.set()
+    assert (exit_code, stdout) == (130, "") and "Traceback" not in stderr
+    return stderr
+
+
 @pytest.mark.parametrize("where", ["lfs_upload", "commit"])
 def test_an_interrupted_upload_can_be_run_again(hub, client, folder, published, where):
     name = f"interrupted-{where}".replace("_", "-")
     old = hub.add(f"user/{name}", {})
     before = contents(folder)
     hub.storage.lfs.pop(Blob(published["model.safetensors"]).sha256, None)
-    hub.stalled.clear()
-    hub.fail(where, "stall")
-
-    def interrupt() -> None:
-        hub.stalled.wait()
-        os.kill(process, signal.SIGINT)
-
-    process = client.call("process")
-    threading.Thread(target=interrupt, daemon=True).start()
-    exit_code, stdout, stderr = client.call("run", "publish", folder, f"user/{name}")
-    assert (exit_code, stdout) == (130, "") and "Traceback" not in stderr
-    assert "Whether the commit was made is not known; running this again makes it only if it is missing." in stderr
+    printed = interrupt_publishing(hub, client, folder, f"user/{name}", where)
+    assert "Whether the commit was made is not known; running this again makes it only if it is missing." in printed
     repository = hub.repository(f"user/{name}")
     assert repository.find() is old
     assert contents(folder) == before
@@ -703,20 +713,9 @@ def test_an_interrupted_upload_can_be_run_again(hub, client, folder, published, 
 
 def test_an_interrupted_comparison_is_of_a_known_commit(hub, client, folder, published):
     hub.add("user/late", {})
-    hub.stalled.clear()
-    hub.fail("tree", "stall")
-
-    def interrupt() -> None:
-        hub.stalled.wait()
-        os.kill(process, signal.SIGINT)
-
-    process = client.call("process")
-    threading.Thread(target=interrupt, daemon=True).start()
-    exit_code, stdout, stderr = client.call("run", "publish", folder, "user/late")
-    hub.mend()
+    printed = interrupt_publishing(hub, client, folder, "user/late", "tree")
     commit = hub.repository("user/late").find().id
-    assert (exit_code, stdout) == (130, "")
-    assert f"uploaded to 'user/late' as commit {commit}, but not compared with the local one" in stderr
+    assert f"uploaded to 'user/late' as commit {commit}, but not compared with the local one" in printed
     assert hub.repository("user/late").files() == renamed(published, "late")
 
 

@@ -237,7 +237,7 @@ def test_what_is_saved_is_the_average_that_was_evaluated(trained):
 def test_the_command_reports(few, config, tmp_path):
     result = command("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 2)
     assert result.exit_code == 0
-    assert "10 images of 3 classes to learn from, 2 to evaluate (held out of them)" in result.stdout
+    assert "3 classes: 10 images to learn from, 2 images to evaluate (held out of them)" in result.stdout
     assert f"Wrote {tmp_path / 'out'}" in result.stdout
 
 
@@ -496,7 +496,8 @@ def test_fine_tuning_turns_the_published_normalisation_to_running(start, few, tm
 def test_a_frozen_scorer_without_weights_is_refused(few, tmp_path, config):
     frozen = {**SMALL, "scorer": "mobilenet_v3_small"}
     arguments = ["--data", few, "--config", config, "--model-settings", json.dumps(frozen), "--max-steps", 1]
-    assert "is frozen and has no weights: give scorer_weights (--scorer-weights)" in sentence(command(*arguments, "--output", tmp_path / "out"))
+    refusal = sentence(command(*arguments, "--output", tmp_path / "out"))
+    assert "is frozen and has no weights: give scorer_weights (--scorer-weights)" in refusal
     weights = DartForImageClassification(DartConfig(**frozen)).scorer.trunk.state_dict()
     torch.save(weights, tmp_path / "trunk.pth")
     train(*arguments, "--output", tmp_path / "other", "--scorer-weights", tmp_path / "trunk.pth")
