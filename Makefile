@@ -43,6 +43,7 @@ lint: .venv/installed-dev
 benchmark: .venv/installed
 	$(BIN)/dart-hf benchmark --output $(RESULTS)/$(BENCHMARK) $(BENCHMARK_ARGS)
 	$(BIN)/python benchmarks/scaling.py --output $(RESULTS)/scaling.json
+	$(BIN)/python benchmarks/fine_tuning.py --output $(RESULTS)/fine_tuning.json
 
 venv: .venv/installed-dev
 

@@ -23,7 +23,6 @@ ADVICE = {
     413: "the upload is larger than the Hub takes",
     429: "the Hub had too many requests; run this again in some minutes",
 }
-LONGEST_ANSWER = 300
 
 
 def http_cause(error: BaseException) -> BaseException:
@@ -49,7 +48,7 @@ def hub_reason(error: BaseException) -> str:
             status = refusal.response.status_code
             default = "the Hub has a problem; run this again later" if status >= 500 else "the Hub refuses this"
             said = " ".join((refusal.server_message or refusal.response.reason_phrase).split())
-            return f"{ADVICE.get(status, default)} ({status}: {said[:LONGEST_ANSWER].rstrip('.')})"
+            return f"{ADVICE.get(status, default)} ({status}: {said.rstrip('.')})"
         case HTTPError() as broken:
             return f"the connection broke; run this again ({str(broken) or type(broken).__name__})"
         case other:

@@ -236,6 +236,10 @@ def renamed(published: dict[str, bytes], name: str) -> dict[str, bytes]:
     return {**published, "README.md": published["README.md"].replace(b"tulips", name.encode())}
 
 
+def card_of(hub: HubServer, name: str) -> ModelCard:
+    return ModelCard(hub.repository(name).files()["README.md"].decode())
+
+
 # --- what is published ------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +305,7 @@ def test_loads_without_dart_hf(hub, published, folder, tmp_path):
 
 
 def test_push_to_hub(hub, client, published, folder, image):
-    """transformers' own way: without model card and checks, and with a commit for each part."""
+    """transformers' own way: without checks, with a commit for each part, and a card that publishing fills in later."""
     client.call("push", folder, "user/pushed")
     files = hub.repository("user/pushed").files()
     assert set(files) == FILES - {"training.json", "evaluation.json"}
@@ -309,6 +313,9 @@ def test_push_to_hub(hub, client, published, folder, image):
         assert files[name] == published[name], name
     expected = client.call("classify", folder, image)
     assert client.call("classify", "user/pushed", image) == pytest.approx(expected, abs=1e-6)
+    assert MADE not in card_of(hub, "user/pushed").text
+    client.publish(folder, "user/pushed")
+    assert MADE in card_of(hub, "user/pushed").text
 
 
 def test_the_code_is_there_whatever_the_folder_has(hub, client, folder, tmp_path):
@@ -439,10 +446,6 @@ def test_the_same_again_commits_nothing(hub, client, published, folder):
 
 
 # --- the model card ---------------------------------------------------------------------------------------------------
-
-
-def card_of(hub: HubServer, name: str) -> ModelCard:
-    return ModelCard(hub.repository(name).files()["README.md"].decode())
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
