@@ -45,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders = arguments.model or [_save_random(name, Path(scratch, name)) for name in MODELS]
         models = [_measure(Path(folder), Path(scratch), arguments) for folder in folders]
-    described = machine(Settings())
+    described = machine()
     described["packages"] |= {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
     results = {"command": command_line(), "machine": described, "models": models}
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")

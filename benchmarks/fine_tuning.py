@@ -17,7 +17,7 @@ import torch
 import typer
 import yaml
 
-from dart_hf.benchmark import Settings, command_line, machine
+from dart_hf.benchmark import command_line, machine
 from dart_hf.digits_on_photos import digits_on_photos
 from dart_hf.quickstart import pipeline_accuracy
 
@@ -53,7 +53,7 @@ def main(
         seconds = time.monotonic() - started
         results = {
             "command": command_line(),
-            "machine": machine(Settings(threads=threads)),
+            "machine": machine(),
             "config": yaml.safe_load(CONFIG.read_text()),
             "train_pictures": len(train),
             "test_pictures": len(test),

@@ -12,7 +12,8 @@ import torch
 import typer
 
 from dart_hf import DartConfig, DartForImageClassification
-from dart_hf.benchmark import PARTS, Settings, command_line, interleave, machine, parts_of, quiet, summary
+from dart_hf.benchmark import PARTS, Settings, command_line, interleave, machine, parts_of, summary
+from dart_hf.prediction import quiet
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 448, 672, 896, 1120)
@@ -56,7 +57,7 @@ def main(
         )
     results = {
         "command": command_line(),
-        "machine": machine(settings),
+        "machine": machine(),
         "milliseconds": lines,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 
-from dart_hf.checkpoints import MARKER, checkpoint_folder, written_whole
+from dart_hf.checkpoints import MARKER, checkpoint_folder
+from dart_hf.folders import written_whole
 
 EMA_FILE = "ema.safetensors"
 

@@ -9,7 +9,6 @@ import functools
 import gc
 import importlib.metadata
 import json
-import logging
 import multiprocessing
 import os
 import platform
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,6 +35,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.modeling_dart import DartForImageClassification
 from dart_hf.pictures import save_figure
+from dart_hf.prediction import quiet
 
 NUM_LABELS = 1000
 DART_IMAGE_SIZE = 448
@@ -226,7 +225,7 @@ def run_benchmark(
     results = {
         "command": command_line(),
         "settings": asdict(settings),
-        "machine": machine(settings),
+        "machine": machine(settings.device),
         "comparisons": _compare(entries),
         "models": list(entries.values()),
     }
@@ -246,18 +245,6 @@ def _choose(patterns: Sequence[str]) -> list[Contestant]:
             names = ", ".join(entry.name for entry in known)
             raise ValueError(f"models={pattern!r} names no model; accepted are patterns of {names}.")
     return [entry for entry in known if any(fnmatch(entry.name, pattern) for pattern in patterns)]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the models' warnings that random weights have not been trained."""
-    logger = logging.getLogger("dart_hf")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -492,11 +479,11 @@ def _compare(entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def machine(settings: Settings) -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     packages = ("dart-hf", "torch", "torchvision", "transformers", "timm")
     return {
         "processor": _processor_name(),
-        "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,8 +1,8 @@
 """Running score statistics from images, without training: a converted checkpoint goes from "batch" to "running"."""
 
 import functools
+import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def calibrate_model(
     workers: int = 0,
     progress: bool = False,
 ) -> Calibration:
-    """Load a model, calibrate its scores on a data set, and save it, with the record of its training.
+    """Load a model, calibrate its scores on a data set, and save it, with the record of its training but the metrics.
 
     Args:
         source: The model, as for [`load_model`]. It needs no classifier.
@@ -178,5 +178,7 @@ def calibrate_model(
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         if record.is_file():
-            shutil.copy(record, folder)
+            # What was measured belongs to the statistics that are replaced.
+            facts = {name: fact for name, fact in json.loads(record.read_text()).items() if name != "metrics"}
+            (folder / record.name).write_text(json.dumps(facts, indent=2) + "\n")
     return calibration

@@ -21,8 +21,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+
+from dart_hf.folders import flush, written_whole
 
 MARKER = "complete.json"
 
@@ -86,38 +86,15 @@ def _step(checkpoint: Path) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Another name to write to; what is there then becomes the file `path`, flushed, in one step."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        _flush(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _mark_complete(checkpoint: Path) -> None:
     """Flush the files of a checkpoint, then mark it, all at once."""
     contents = list(checkpoint.rglob("*"))
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in contents if path.is_file()}
     for path in (*contents, checkpoint.parent, checkpoint):
-        _flush(path)
+        flush(path)
     with written_whole(checkpoint / MARKER) as unfinished:
         unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n")
-    _flush(checkpoint)
-
-
-def _flush(path: Path) -> None:
-    """Have a file's contents, or a folder's entries, written to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(checkpoint)
 
 
 def _remove(checkpoint: Path) -> None:

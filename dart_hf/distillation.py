@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, interpolate, kl_div
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils.generic import is_timm_local_checkpoint
 
+from dart_hf.labels import class_names, match_labels, placeholders
 from dart_hf.losses import at_least_float32, image_cross_entropy, logits_of, mean_over_images, soft_target_cross_entropy
 
 # No preprocessing produces images of this side unless it leaves their size alone.
@@ -81,7 +82,7 @@ class Teacher(nn.Module):
         if model.num_classes < 1:
             raise ValueError("it has no classifier.")
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-        names = model.pretrained_cfg.get("label_names") or _placeholders(model.num_classes)
+        names = model.pretrained_cfg.get("label_names") or placeholders(model.num_classes)
         return cls(model, transform, names)
 
     @classmethod
@@ -96,7 +97,7 @@ class Teacher(nn.Module):
         def preprocess(image: Image.Image) -> torch.Tensor:
             return processor(image, return_tensors="pt")["pixel_values"][0]
 
-        return cls(model, preprocess, _label_names(model))
+        return cls(model, preprocess, class_names(model))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -216,7 +217,7 @@ class DistillationLoss:
             self.teacher.to(device)
             self._mean, self._std = self._mean.to(device), self._std.to(device)
         logits = self.teacher(pixel_values.float() * self._std + self._mean)
-        return logits if self._label_order is None else logits[:, self._label_order]
+        return logits[:, self._label_order]
 
     def _teacher_losses(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, K) of both -> (B,)."""
@@ -250,30 +251,21 @@ class PixelMemory:
         return PixelMemory, (False,)
 
 
-def label_order(student: PreTrainedModel, teacher: Teacher) -> list[int] | None:
-    """For each label of the student its index in the teacher; None if the order is the same.
+def label_order(student: PreTrainedModel, teacher: Teacher) -> list[int]:
+    """For each label of the student its index in the teacher, see [`match_labels`].
 
     Raises:
         ValueError: They do not have the same number of labels, or both have names and not the same ones.
     """
-    names, given = _label_names(student), teacher.label_names
-    if len(names) != len(given):
-        raise ValueError(f"The teacher must have the student's {len(names)} labels, got one with {len(given)}.")
-    if names == given or names == _placeholders(len(names)) or given == _placeholders(len(given)):
-        return None
-    if different := sorted(set(names) ^ set(given)):
-        raise ValueError(f"The teacher must have the student's labels, but only one of them knows {different[0]!r}.")
-    if len(set(names)) < len(names):
-        raise ValueError("The teacher has its labels in another order than the student, and two have the same name.")
-    return [given.index(name) for name in names]
-
-
-def _label_names(model: PreTrainedModel) -> list[str]:
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
-
-
-def _placeholders(number: int) -> list[str]:
-    return [f"LABEL_{index}" for index in range(number)]
+    names = class_names(student)
+    if len(names) != len(teacher.label_names):
+        raise ValueError(
+            f"The teacher must have the student's {len(names)} labels, got one with {len(teacher.label_names)}."
+        )
+    try:
+        return match_labels(names, teacher.label_names)
+    except ValueError as error:
+        raise ValueError(f"The teacher must have the student's labels: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

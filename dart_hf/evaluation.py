@@ -4,7 +4,6 @@ import json
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,10 +13,9 @@ from typing import Any
 import datasets
 import torch
 from matplotlib.figure import Figure
-from timm.data import ImageNetInfo
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from dart_hf.benchmark import Settings, command_line, machine
+from dart_hf.benchmark import command_line, machine
 from dart_hf.data import (
     IGNORED_LABEL,
     ImageClassificationCollator,
@@ -25,7 +23,8 @@ from dart_hf.data import (
     image_batches,
     load_image_data,
 )
-from dart_hf.folders import located, weights_digest
+from dart_hf.folders import located, weights_digest, written_whole
+from dart_hf.labels import class_names, match_labels
 from dart_hf.metrics import TOP, Accuracy, TopKAccuracy, likeliest_classes
 from dart_hf.pictures import checked_picture_path, save_figure
 from dart_hf.prediction import load_model
@@ -37,9 +36,6 @@ REPLACED_RULES = {
     "other images of a batch. It computes what 'batch' does when images come one at a time.",
     "running": "Score normalisation 'image' in place of 'running': the model has no running statistics yet.",
 }
-# Two lists of names that agree in this share of places are one list in two spellings: ImageNet's two cranes have other
-# names wherever one looks. Of fewer than a hundred names all must agree.
-SAME_LIST = 0.99
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,10 @@ def evaluate_classifier(
         raise ValueError("There is nothing to evaluate: the data has no images.")
     budgets = list(dict.fromkeys(budgets)) or [model.config.num_patches]
     rule = _rule_of_scores(model, score_normalization)
-    classes = torch.tensor(match_labels(label_names, _class_names(model)))
+    try:
+        classes = torch.tensor(match_labels(label_names, class_names(model)))
+    except ValueError as error:
+        raise ValueError(f"The labels of the data do not match the model's: {error}") from error
     collate = ImageClassificationCollator(image_processor, len(label_names), skip_unreadable=skip_unreadable)
 
     model.eval()
@@ -222,74 +221,6 @@ def _timed_forward(model: PreTrainedModel, pixel_values: torch.Tensor, num_patch
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-# Labels -----------------------------------------------------------------------------------------------------------
-
-
-def match_labels(data_names: Sequence[str], model_names: Sequence[str]) -> list[int]:
-    """Which class of a model each class of a data set is.
-
-    Classes are matched by name; capitals, underscores and hyphens do not matter, and the data may have only some of the
-    model's classes, in any order. ImageNet's classes may have its synset ids as names (`n01440764`). Where one of the
-    two has only numbers for names, as many as the other has classes, the numbers decide.
-
-    Args:
-        data_names, model_names: Names in the order of the classes.
-
-    Raises:
-        ValueError: The data has a class that the model does not have, as far as names tell.
-    """
-    found = _places(data_names, model_names)
-    if None not in found:
-        return found
-    in_order = list(range(len(model_names)))
-    if len(data_names) == len(model_names):
-        if _is_one_list(data_names, model_names):
-            return in_order
-        if all(name == f"LABEL_{index}" for index, name in enumerate(model_names)):
-            return in_order
-        if sorted(data_names) == sorted(map(str, in_order)):
-            return [int(name) for name in data_names]
-    imagenet = ImageNetInfo("imagenet-1k")
-    synsets = _places(data_names, imagenet.label_names())
-    if None not in synsets and _is_one_list(imagenet.label_descriptions(), model_names):
-        return synsets
-    unknown = [name for name, place in zip(data_names, found, strict=True) if place is None]
-    raise ValueError(
-        f"The labels of the data do not match the model's: {len(unknown)} of the data's {len(data_names)} classes "
-        f"({_few(unknown)}) are none of the model's {len(model_names)} ({_few(model_names)})."
-    )
-
-
-def _places(names: Sequence[str], among: Sequence[str]) -> list[int | None]:
-    """Where each name is among others, as it stands or else in another spelling; None if no one place can be told."""
-    exact, spelt = _unique(among), _unique(list(map(_spelling, among)))
-    own = _unique(list(map(_spelling, names)))
-    return [exact.get(name, spelt.get(_spelling(name)) if _spelling(name) in own else None) for name in names]
-
-
-def _unique(names: Sequence[str]) -> dict[str, int]:
-    """The place of every name that is there once."""
-    counts = Counter(names)
-    return {name: index for index, name in enumerate(names) if counts[name] == 1}
-
-
-def _spelling(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def _is_one_list(names: Sequence[str], others: Sequence[str]) -> bool:
-    same = sum(place == index for index, place in enumerate(_places(names, others)))
-    return len(names) == len(others) and same >= SAME_LIST * len(others)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
-
-
-def _class_names(model: PreTrainedModel) -> list[str]:
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
 # Scores -----------------------------------------------------------------------------------------------------------
@@ -398,7 +329,7 @@ def run_evaluation(
     own = model.config.score_normalization
     if score_normalization is None and evaluation.score_normalization not in (None, own):
         say(REPLACED_RULES[own])
-    where = machine(Settings(device=evaluation.device))
+    where = machine(evaluation.device)
     results = {
         "model": located(os.fspath(source)),
         "weights_sha256": digest,
@@ -416,7 +347,8 @@ def run_evaluation(
     for line in table(results):
         say(line)
     if output is not None:
-        _write_whole(Path(output), json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        with written_whole(Path(output)) as unfinished:
+            unfinished.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         say(f"Wrote {output}")
     if plot is not None:
         say(f"Wrote {save_figure(draw_accuracy(results), plot)}")
@@ -490,12 +422,3 @@ def _check_writable(path: Path) -> None:
         raise IsADirectoryError(f"output: {path} is a folder; give a file.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"output: there is no folder {str(path.parent)!r}.")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Output folders that appear complete or not at all, and the weights that a folder holds."""
+"""Output files and folders that appear complete or not at all, and the weights that a folder holds."""
 
 import hashlib
 import os
@@ -31,6 +31,29 @@ def complete_folder(output: Path) -> Iterator[Path]:
         os.replace(unfinished, output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Another name to write to; what is there then becomes the file `path`, flushed, in one step."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        flush(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file's contents, or a folder's entries, written to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def move_model(source: Path, target: Path) -> None:

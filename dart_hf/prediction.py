@@ -1,5 +1,6 @@
 """Load a model from a folder or the Hub, classify image files with it, and draw where it looks."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,6 +129,18 @@ def load_model(source: str | os.PathLike, needs_classifier: bool = True) -> tupl
             )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), processor
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the models warn of: known already, or true of random weights only."""
+    logger = logging.getLogger("dart_hf")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def predict(

@@ -9,7 +9,6 @@ card whose text is still to be written, and no comparison. Publishing over it la
 
 import filecmp
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ from dart_hf.model_card import (
     read_record,
 )
 from dart_hf.modeling.image_processing_dart import read_image
-from dart_hf.prediction import load_model
+from dart_hf.prediction import load_model, quiet
 from dart_hf.version import __version__
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -62,7 +61,7 @@ COMMIT_ID = re.compile("[0-9a-f]{40}")
 # Largest difference of the logits, as a share of the largest, between the local model and what comes back from the Hub.
 TOLERANCE = 1e-6
 
-RECORDS = {"training": TRAINING, "evaluation": EVALUATION}
+RECORD_SHAPES = {"training": TRAINING, "evaluation": EVALUATION}
 
 NOTHING = "Nothing was published."
 ONLY_IF_MISSING = "running this again makes it only if it is missing."
@@ -145,7 +144,7 @@ def publish(
     folder = Path(folder)
     model, processor = _load_complete(folder)
     expected = _answers(model, processor)
-    training, evaluation = (read_record(folder / f"{name}.json", shape) for name, shape in RECORDS.items())
+    training, evaluation = (read_record(folder / f"{name}.json", shape) for name, shape in RECORD_SHAPES.items())
     omits_evaluation = bool(evaluation) and evaluation.get("weights_sha256") != weights_digest(folder)
     if omits_evaluation:
         evaluation = {}
@@ -428,7 +427,7 @@ class _Repository:
                     f"commit; {again}."
                 )
             model, processor = load_model(fetched, needs_classifier=False)
-            with _without_repeated_warnings():
+            with quiet():
                 difference = float((_answers(model.cpu(), processor) - expected).abs().max())
         # Written so that NaN is refused.
         if not difference <= TOLERANCE * float(expected.abs().max()):
@@ -474,15 +473,3 @@ class _Repository:
 
 def _is_refusal(error: BaseException) -> bool:
     return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-
-
-@contextmanager
-def _without_repeated_warnings() -> Iterator[None]:
-    """What there is to warn of was said when the model was loaded first."""
-    logger = logging.getLogger("dart_hf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

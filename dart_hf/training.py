@@ -1,6 +1,7 @@
 """Training through transformers' `Trainer`: a recipe, and the stock trainer that follows it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,7 +145,6 @@ def classification_trainer(
     """
     recipe = recipe or Recipe()
     model.require_scorer_weights()
-    smoothing = arguments.label_smoothing_factor
     rows = SeededStream if isinstance(train, torch.utils.data.IterableDataset) else SeededRows
     trainer = Trainer(
         model=model,
@@ -155,9 +155,7 @@ def classification_trainer(
             image_processor,
             model.config.num_labels,
             transform=_transform(recipe, image_processor),
-            mix=MixImages(model.config.num_labels, recipe.mixup, recipe.cutmix, smoothing)
-            if recipe.mixup or recipe.cutmix or smoothing
-            else None,
+            mix=_mix(recipe, arguments.label_smoothing_factor, model.config.num_labels),
             skip_unreadable=skip_unreadable,
         ),
         processing_class=image_processor,
@@ -241,7 +239,7 @@ def train_classifier(
     return trainer
 
 
-def _transform(recipe: Recipe, image_processor: BaseImageProcessor) -> Any:
+def _transform(recipe: Recipe, image_processor: BaseImageProcessor) -> Callable[..., torch.Tensor] | None:
     if not recipe.augments:
         return None
     return training_transform(
@@ -254,9 +252,16 @@ def _transform(recipe: Recipe, image_processor: BaseImageProcessor) -> Any:
     )
 
 
+def _mix(recipe: Recipe, label_smoothing: float, num_labels: int) -> MixImages | None:
+    """Label smoothing is done here, because `Trainer` leaves it out where it has a loss function."""
+    if not (recipe.mixup or recipe.cutmix or label_smoothing):
+        return None
+    return MixImages(num_labels, recipe.mixup, recipe.cutmix, label_smoothing)
+
+
 def _loss(
     recipe: Recipe, arguments: TrainingArguments, model: PreTrainedModel, image_processor: BaseImageProcessor
-) -> Any:
+) -> Callable[..., torch.Tensor]:
     if recipe.teacher is None:
         return soft_target_cross_entropy
     # The loss is computed outside of autocast, which would have done this for the teacher.

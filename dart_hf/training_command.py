@@ -36,11 +36,11 @@ from dart_hf.checkpoints import (
     latest_complete_checkpoint,
     remove_incomplete_checkpoints,
     resume_training,
-    written_whole,
 )
 from dart_hf.conversion.vit import dart_from_vit
 from dart_hf.data import ImageData, load_image_data, without_worker_traceback
-from dart_hf.folders import located, move_model
+from dart_hf.folders import located, move_model, written_whole
+from dart_hf.labels import class_names, match_labels
 from dart_hf.prediction import load_config, load_dart_config
 from dart_hf.training import LossBar, Recipe, classification_trainer
 
@@ -51,8 +51,8 @@ EVALUATION_FILE = "evaluation.json"
 # The published transform resizes to 512 pixels and crops 448.
 PUBLISHED_CROP_PCT = 448 / 512
 METRICS = ("eval_accuracy", "eval_top5_accuracy", "eval_loss")
-# Settings that name a file or folder, or something elsewhere.
-SOURCES = ("data", "model", "teacher", "scorer_weights")
+# Settings that name a folder, or something on the Hub.
+SOURCES = ("data", "model", "teacher")
 # What `dart_from_vit` reads, by transformers' names; the last is timm's models in transformers.
 VIT_TYPES = ("vit", "deit", "timm_wrapper")
 # The linear layers that give logits.
@@ -239,15 +239,14 @@ def parse_settings(arguments: Sequence[str]) -> TrainingSettings:
     values = vars(parser.parse_args(arguments))
     if (values["output_dir"], values["resume_from_checkpoint"]) != (output, None):
         raise ValueError("Use output for output_dir, and resume for resume_from_checkpoint.")
-    if earlier:
-        for name in FIXED_SETTINGS:
-            if values[name] != earlier.get(name, defaults[name]):
-                raise ValueError(f"resume: {name} cannot change in the middle of a training.")
     given = {
         name: located(value) if name in SOURCES else value
         for name, value in values.items()
         if value != defaults[name] and name not in ("output", "output_dir", "resume", "config")
     }
+    changed = [name for name in FIXED_SETTINGS if earlier and given.get(name) != earlier.get(name)]
+    if changed:
+        raise ValueError(f"resume: {changed[0]} cannot change in the middle of a training.")
     return TrainingSettings(*parser.parse_args_into_dataclasses(arguments, look_for_args_file=False), given=given)
 
 
@@ -516,38 +515,41 @@ def adapted(
     Args:
         model: The classifier.
         changes: Settings of its configuration.
-        data: Its classes must be the model's, in any order, unless the head is new.
+        data: Its classes must be the model's, in any order, unless the head is new; see [`match_labels`].
         new_head: Whether to initialise the head anew.
         name: What errors call the model.
 
     Raises:
         ValueError: The classes are others; or the weights do not fit the settings.
     """
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    unnamed = names == [f"LABEL_{index}" for index in range(len(data.label_names))]
-    different = sorted(set(names) ^ set(data.label_names))
-    if not new_head and not unnamed and names != data.label_names and (different or len(set(names)) < len(names)):
-        first = f"; only one of them has {different[0]!r}" if different else " in this order, and some have one name"
-        raise ValueError(
-            f"The {len(names)} classes of {name} are not the {len(data.label_names)} of the data{first}; replace its "
-            "head with new_head=True (--new-head)."
-        )
+    order = None if new_head else _order_of_classes(model, data, name)
     with _settings_checked():
         config = type(model.config).from_dict({**model.config.to_dict(), **changes, **_labels(data)})
     result = type(model)(config)
     initial, state = result.state_dict(), model.state_dict()
     for key in initial:
         if key.startswith(HEADS):
-            if new_head:
-                state[key] = initial[key]
-            elif not unnamed and names != data.label_names:
-                state[key] = state[key][[names.index(label) for label in data.label_names]]
+            state[key] = initial[key] if order is None else state[key][order]
     try:
         result.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"model_settings: {dict(changes)} does not fit the weights of {name}: {reason}") from error
     return result
+
+
+def _order_of_classes(model: PreTrainedModel, data: ImageData, name: str) -> list[int]:
+    """Which row of a model's head is for each of the data's classes."""
+    known = class_names(model)
+    try:
+        if len(known) != len(data.label_names):
+            raise ValueError(f"{len(data.label_names)} classes in place of {len(known)}.")
+        return match_labels(data.label_names, known)
+    except ValueError as error:
+        raise ValueError(
+            f"The labels of the data do not match those of {name}: {str(error).rstrip('.')}; replace its head with "
+            "new_head=True (--new-head)."
+        ) from error
 
 
 def _labels(data: ImageData) -> dict[str, Any]:

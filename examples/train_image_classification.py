@@ -17,7 +17,6 @@ from transformers import (
     TrainingArguments,
 )
 
-import dart_hf  # noqa: F401 (registers the models)
 from dart_hf.augmentation import EpochCallback, MixImages, SeededRows, training_transform
 from dart_hf.averaging import EmaCallback
 from dart_hf.checkpoints import (

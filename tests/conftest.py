@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import golden
 import pytest
 import torch
@@ -18,6 +19,12 @@ from hub_server import HubServer
 from dart_hf.conversion.original import VARIANTS, convert_checkpoint
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory) -> None:
+    """`datasets` keeps what it has read of a folder; not in the user's cache."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
 @pytest.fixture(scope="session")

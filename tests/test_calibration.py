@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from skimage import data as photographs
+from tiny_models import tiny_classifier
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
+from dart_hf import DartForImageClassification, DartImageProcessor, DartModel
 from dart_hf.calibration import Calibration, calibrate_model, calibrate_scores, raw_scores
 from dart_hf.prediction import load_model
 
@@ -21,21 +23,7 @@ IMAGES = 11
 @pytest.fixture(scope="module")
 def converted() -> DartForImageClassification:
     """A model as conversion leaves it: with the published rule, and without running statistics."""
-    torch.manual_seed(0)
-    config = DartConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=4,
-        num_patches=9,
-        score_grid_size=4,
-        scorer="conv",
-        score_normalization="batch",
-        initializer_range=0.5,
-    )
-    return DartForImageClassification(config).eval()
+    return tiny_classifier()
 
 
 @pytest.fixture
@@ -203,9 +191,10 @@ def test_a_calibrated_model_is_saved(model, processor, pixel_values, photos, tmp
     model = model if kind is DartForImageClassification else model.dart
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "training.json").write_text('{"steps": 7}')
+    (tmp_path / "model" / "training.json").write_text('{"steps": 7, "metrics": {"eval_accuracy": 0.5}}')
     calibrate_model(tmp_path / "model", photos, tmp_path / "calibrated", batch_size=4)
-    assert (tmp_path / "calibrated" / "training.json").read_text() == '{"steps": 7}'
+    # Not the metrics, which belong to the statistics that are replaced.
+    assert json.loads((tmp_path / "calibrated" / "training.json").read_text()) == {"steps": 7}
     loaded, loaded_processor = load_model(tmp_path / "calibrated", needs_classifier=False)
     assert isinstance(loaded, kind)
     assert loaded.config.score_normalization == "running"

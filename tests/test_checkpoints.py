@@ -9,7 +9,7 @@ import torch
 from tiny_training import tiny_trainer
 from transformers import Trainer, TrainerCallback
 
-from dart_hf import checkpoints
+from dart_hf import checkpoints, folders
 from dart_hf.checkpoints import (
     MARKER,
     CompleteCheckpointCallback,
@@ -18,7 +18,6 @@ from dart_hf.checkpoints import (
     latest_complete_checkpoint,
     remove_incomplete_checkpoints,
     resume_training,
-    written_whole,
 )
 
 
@@ -60,13 +59,14 @@ def test_files_in_subfolders_count(tmp_path):
 def test_everything_is_flushed_before_it_counts(folder, monkeypatch):
     checkpoint = folder / "checkpoint-12"
     (checkpoint / MARKER).unlink()
-    flush, before, after = checkpoints._flush, set(), set()
+    flush, before, after = folders.flush, set(), set()
 
     def record(path):
         (after if is_complete(checkpoint) else before).add(path)
         flush(path)
 
-    monkeypatch.setattr(checkpoints, "_flush", record)
+    for module in (checkpoints, folders):
+        monkeypatch.setattr(module, "flush", record)
     files = set(checkpoint.iterdir())
     checkpoints._mark_complete(checkpoint)
     assert before == files | {folder, checkpoint, checkpoint / f".{MARKER}.unfinished"}
@@ -184,18 +184,6 @@ def test_saving_the_best_alone(tmp_path):
 def test_a_limit_out_of_range():
     with pytest.raises(ValueError, match="total_limit must be at least 1, or None to keep all checkpoints, got 0"):
         CompleteCheckpointCallback(0)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file.txt"
-    with written_whole(path) as unfinished:
-        unfinished.write_text("old")
-        assert not path.exists()
-    with pytest.raises(KeyError), written_whole(path) as unfinished:
-        unfinished.write_text("ne")
-        raise KeyError
-    assert path.read_text() == "old"
-    assert names(tmp_path) == {"file.txt"}
 
 
 class Evaluations(TrainerCallback):

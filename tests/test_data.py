@@ -169,15 +169,6 @@ class ListData(list):
 # Sources ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """`datasets` keeps what it has read of a folder; not in the user's cache."""
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
 def write_images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for number, image in enumerate(images(count)):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dart_hf.folders import check_unused, complete_folder, weights_digest
+from dart_hf.folders import check_unused, complete_folder, weights_digest, written_whole
 
 
 def fill(folder: Path) -> None:
@@ -56,3 +56,15 @@ def test_weights_are_known_by_their_content(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"second")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"first")
     assert weights_digest(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    with written_whole(path) as unfinished:
+        unfinished.write_text("old")
+        assert not path.exists()
+    with pytest.raises(KeyError), written_whole(path) as unfinished:
+        unfinished.write_text("ne")
+        raise KeyError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
