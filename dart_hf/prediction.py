@@ -22,7 +22,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from dart_hf.hub_errors import hub_reason
-from dart_hf.modeling.configuration_dart import RegionTokenizerConfig
+from dart_hf.modeling.configuration_dart import RegionConfig
 from dart_hf.pictures import checked_picture_path, draw_regions, save_figure
 
 
@@ -83,7 +83,7 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_dart_config(source: str | os.PathLike) -> RegionTokenizerConfig:
+def load_dart_config(source: str | os.PathLike) -> RegionConfig:
     """Load a DART model's configuration from a folder or the Hub.
 
     Raises:
@@ -91,7 +91,7 @@ def load_dart_config(source: str | os.PathLike) -> RegionTokenizerConfig:
         ValueError: It is no DART model.
     """
     config = load_config(source)
-    if not isinstance(config, RegionTokenizerConfig):
+    if not isinstance(config, RegionConfig):
         raise ValueError(f"{os.fspath(source)!r} is a model of type {config.model_type!r}, not a DART model.")
     return config
 

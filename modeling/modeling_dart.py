@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,40 +10,40 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart import DartConfig
-from .region_partition import Regions
+from .modeling_dart_base import (
+    DartImageClassifierOutput,
+    DartModelOutput,
+    ImageClassifierMixin,
+    RegionPreTrainedModel,
+    build_classifier,
+    check_labels,
+    drop_path_rates,
+)
 
 # Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
+from .region_partition import Regions  # noqa: F401
 from .region_sampling import sample_regions  # noqa: F401
-from .region_scorer import DEAD_SCORER, RegionScorer, ScoreStatistics
+from .region_scorer import RegionScorer  # noqa: F401
 from .region_tokenizer import RegionTokenizer
 from .scorer_trunk import build_trunk  # noqa: F401
 
 
 @dataclass
-class DartModelOutput(BaseModelOutputWithPooling):
-    """[`BaseModelOutputWithPooling`] and, on request, the regions of the tokens."""
-
-    regions: Regions | None = None
-
-
-@dataclass
-class DartImageClassifierOutput(ImageClassifierOutput):
-    """[`ImageClassifierOutput`]; on request the regions of the tokens; and what a model with a distillation head has.
+class DistilledImageClassifierOutput(DartImageClassifierOutput):
+    """What a model with a distillation head has besides.
 
     Args:
         cls_logits, distillation_logits: (B, num_labels) of the class token's and of the distillation token's
             classifier; `logits` is their mean. None without a distillation head.
     """
 
-    regions: Regions | None = None
     cls_logits: torch.FloatTensor | None = None
     distillation_logits: torch.FloatTensor | None = None
 
@@ -141,99 +140,28 @@ class DartLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.dropout(transformed))
 
 
-class DartPreTrainedModel(PreTrainedModel):
-    """Weights, loading, and the scorer's freezing, common to the models below."""
+class DartPreTrainedModel(RegionPreTrainedModel):
+    """Weights and loading of the models below."""
 
     config: DartConfig
     config_class = DartConfig
     base_model_prefix = "dart"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     # The scorer has a unit of its own under FSDP, where a unit has one precision.
     _no_split_modules = ["RegionTokenizer", "RegionScorer", "DartLayer"]
-    _keep_in_fp32_modules_strict = ["scorer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DartLayer, "attentions": DartAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, RegionScorer):
-            module.initialize_trunk()
-            init.zeros_(module.trunk_loaded)
-        elif isinstance(module, ScoreStatistics):
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, RegionTokenizer):
-            init.trunc_normal_(module.position_embeddings, std=std)
-        elif isinstance(module, DartModel):
-            init.trunc_normal_(module.cls_token, std=std)
+        if isinstance(module, DartModel):
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             if module.distillation_token is not None:
-                init.trunc_normal_(module.distillation_token, std=std)
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+                init.trunc_normal_(module.distillation_token, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
-
-    @classmethod
-    def from_pretrained(
-        cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> "DartPreTrainedModel | tuple[DartPreTrainedModel, dict[str, Any]]":
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # `_init_weights` is not called for a scorer whose own buffers were loaded.
-        trunk = "tokenizer.scorer.trunk."
-        absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-        model.scorer.initialize_missing_weights({name.partition(trunk)[2] for name in absent if trunk in name})
-        # Loading makes every parameter trainable again.
-        model.scorer.set_frozen(model.config.scorer_frozen)
-        return (model, info) if output_loading_info else model
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        # The saved code holds the bare model too: let `AutoModel` find it in a classifier's folder.
-        if self._auto_class is not None:
-            self.config.auto_map = {
-                "AutoModel": "modeling_dart.DartModel",
-                **(getattr(self.config, "auto_map", None) or {}),
-            }
-        super().save_pretrained(*args, **kwargs)
-
-    @property
-    def scorer(self) -> RegionScorer:
-        """The scoring network inside the tokenizer."""
-        return self.base_model.tokenizer.scorer
-
-    def load_pretrained_scorer(self, source: str | Path | None = None) -> None:
-        """Give the scorer's trunk ImageNet weights: the library's download or a local file.
-
-        See [`RegionScorer.load_pretrained_trunk`] for what `source` may be and what is raised.
-        """
-        self.scorer.load_pretrained_trunk(source)
-
-    def freeze_scorer(self, frozen: bool = True) -> None:
-        """Keep the scorer's trunk in evaluation mode and without gradient; with `frozen=False` let it train."""
-        self.scorer.set_frozen(frozen)
-
-    def require_scorer_weights(self) -> None:
-        """Raise a ValueError if the scorer's trunk is frozen without ever having got weights.
-
-        Training such a model learns nothing about where to look: the regions stay all but uniform.
-        """
-        if self.config.partition != "uniform" and self.scorer.is_dead:
-            raise ValueError(DEAD_SCORER.format(scorer=self.config.scorer))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.tokenizer.projection
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base_model.tokenizer.projection = value
 
 
 class DartModel(DartPreTrainedModel):
@@ -248,10 +176,8 @@ class DartModel(DartPreTrainedModel):
             nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        # Stochastic depth grows linearly with depth, as in DeiT.
-        deepest = max(config.num_hidden_layers - 1, 1)
         self.layers = nn.ModuleList(
-            DartLayer(config, config.drop_path_rate * depth / deepest) for depth in range(config.num_hidden_layers)
+            DartLayer(config, rate) for rate in drop_path_rates(config.drop_path_rate, config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -281,7 +207,7 @@ class DartModel(DartPreTrainedModel):
             `pooler_output` (B, D), the normalised class token; `regions` on request.
 
         Raises:
-            ValueError: See [`RegionTokenizer.forward`].
+            ValueError: See [`RegionPartitioner.check`].
         """
         tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
         hidden_states = self.encode(tokens, class_position, class_token_only, **kwargs)
@@ -314,7 +240,7 @@ class DartModel(DartPreTrainedModel):
         return self.layernorm(hidden_states)
 
 
-class DartForImageClassification(DartPreTrainedModel):
+class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):
     """DART with a linear classifier on the class token.
 
     With `config.distillation_head` a second one reads the distillation token, and the logits are the mean of both, in
@@ -322,16 +248,11 @@ class DartForImageClassification(DartPreTrainedModel):
     """
 
     def __init__(self, config: DartConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.dart = DartModel(config)
-        self.classifier = self._build_classifier(config)
-        self.distillation_classifier = self._build_classifier(config) if config.distillation_head else None
+        super().__init__(config, DartModel(config), config.hidden_size)
+        self.distillation_classifier = (
+            build_classifier(config.hidden_size, config.num_labels) if config.distillation_head else None
+        )
         self.post_init()
-
-    @staticmethod
-    def _build_classifier(config: DartConfig) -> nn.Module:
-        return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
     @can_return_tuple
     def forward(
@@ -341,7 +262,7 @@ class DartForImageClassification(DartPreTrainedModel):
         num_patches: int | None = None,
         output_regions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> DartImageClassifierOutput:
+    ) -> DistilledImageClassifierOutput:
         """Classify images.
 
         Args:
@@ -355,13 +276,9 @@ class DartForImageClassification(DartPreTrainedModel):
             `cls_logits` and `distillation_logits` (B, num_labels), whose mean the logits are.
 
         Raises:
-            ValueError: There is not one label per image; or see [`RegionTokenizer.forward`].
+            ValueError: There is not one label per image; or see [`RegionPartitioner.check`].
         """
-        if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
-            raise ValueError(
-                f"labels must have one entry per image, got shape {tuple(labels.shape)} for "
-                f"{pixel_values.shape[0]} images."
-            )
+        check_labels(labels, pixel_values)
         outputs: DartModelOutput = self.dart(
             pixel_values,
             num_patches=num_patches,
@@ -375,11 +292,8 @@ class DartForImageClassification(DartPreTrainedModel):
             cls_logits = logits
             distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
             logits = (cls_logits + distillation_logits) / 2
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return DartImageClassifierOutput(
-            loss=loss,
+        return DistilledImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

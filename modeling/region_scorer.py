@@ -14,7 +14,7 @@ from torch.nn.functional import gelu, interpolate
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_dart import RegionTokenizerConfig
+from .configuration_dart import RegionConfig
 from .scorer_trunk import TORCHVISION_LAYERS, TimmTrunk, build_trunk, run_frozen
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,7 @@ class RegionScorer(nn.Module):
     of half precision in the scores would move region edges by tens of pixels.
     """
 
-    def __init__(self, config: RegionTokenizerConfig) -> None:
+    def __init__(self, config: RegionConfig) -> None:
         super().__init__()
         self.config = config
         self.trunk, num_features = build_trunk(config)
@@ -272,7 +272,7 @@ class ScoreStatistics(nn.Module):
 
         Args:
             logits: (B, G, G).
-            normalization: `"running"`, `"image"` or `"batch"` (see [`RegionTokenizerConfig`]).
+            normalization: `"running"`, `"image"` or `"batch"` (see [`RegionConfig`]).
 
         Returns:
             (B, G, G); zero for an image whose logits are constant, infinite or NaN. Such an image enters no statistics.

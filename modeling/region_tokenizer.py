@@ -1,4 +1,4 @@
-"""Tokenizer: pixel values -> tokens. Owns the scorer, the projection and the position table."""
+"""Tokenizer: pixel values -> tokens, or an image rebuilt from regions. Owns the scorer, and what reads the regions."""
 
 from numbers import Integral
 
@@ -7,19 +7,77 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_dart import RegionTokenizerConfig
-from .region_partition import PARTITIONS, Regions, check_grid_budget, position_weights
-from .region_sampling import sample_regions
+from .configuration_dart import RegionConfig, RegionTokenizerConfig
+from .region_partition import PARTITIONS, Regions, check_grid_budget, grid_regions, position_weights
+from .region_sampling import patch_images, sample_regions
 from .region_scorer import RegionScorer
 
 
-class RegionTokenizer(nn.Module):
-    """Scores the image, cuts it into regions of about equal content, and makes one token of each."""
+class RegionPartitioner(nn.Module):
+    """Scores the image and cuts it into regions of about equal content."""
 
-    def __init__(self, config: RegionTokenizerConfig) -> None:
+    def __init__(self, config: RegionConfig) -> None:
         super().__init__()
         self.config = config
         self.scorer = RegionScorer(config)
+
+    def regions(self, pixel_values: torch.Tensor, num_patches: int | None) -> Regions:
+        """The regions of (B, C, H, W); `config.num_patches` of them without a number.
+
+        Raises:
+            ValueError: See [`RegionPartitioner.check`].
+        """
+        num_patches = self.config.num_patches if num_patches is None else num_patches
+        self.check(pixel_values, num_patches)
+        return self.partition(self.score(pixel_values), num_patches, *pixel_values.shape[2:])
+
+    def score(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> scores (B, G, G) in float32 at least; ones for the uniform partition."""
+        if self.config.partition != "uniform":
+            return self.scorer(pixel_values)
+        grid = (pixel_values.shape[0], self.config.score_grid_size, self.config.score_grid_size)
+        return pixel_values.new_ones(grid, dtype=self.scorer.statistics.running_mean.dtype)
+
+    def partition(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+        """Scores (B, G, G) -> regions in float32 at least, whatever the precision of the model or of autocast."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        with maybe_autocast(scores.device.type, enabled=False):
+            return self.cut(scores, num_patches, height, width)
+
+    def cut(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+        """The partition that the configuration names, at this call."""
+        return PARTITIONS[self.config.partition](scores, num_patches, height, width)
+
+    def check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
+        """Look at what a call is given.
+
+        Raises:
+            ValueError: `pixel_values` has another rank, channel count or dtype, or no pixels; or the budget is below 1
+                or does not suit the partition.
+        """
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4:
+            raise ValueError(f"pixel_values must have shape (batch, channels, height, width), got {shape}.")
+        if shape[1] != self.config.num_channels:
+            raise ValueError(f"pixel_values must have {self.config.num_channels} channels, got {shape[1]} in {shape}.")
+        if 0 in shape:
+            raise ValueError(f"pixel_values must hold at least one image of at least one pixel, got shape {shape}.")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point and normalised, as DartImageProcessor returns them, got "
+                f"{pixel_values.dtype}."
+            )
+        if isinstance(num_patches, bool) or not isinstance(num_patches, Integral) or num_patches < 1:
+            raise ValueError(f"num_patches must be an integer of at least 1, got {num_patches!r}.")
+        if self.config.partition == "grid":
+            check_grid_budget(num_patches, *shape[2:])
+
+
+class RegionTokenizer(RegionPartitioner):
+    """Makes one token of each region."""
+
+    def __init__(self, config: RegionTokenizerConfig) -> None:
+        super().__init__(config)
         self.projection = PatchProjection(config.num_channels, config.hidden_size, kernel_size=config.patch_size)
         # The first row belongs to the class token, the others to the cells of the score grid.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.score_grid_size**2, config.hidden_size))
@@ -38,28 +96,12 @@ class RegionTokenizer(nn.Module):
             (1, 1, D); and the regions.
 
         Raises:
-            ValueError: `pixel_values` has another rank, channel count or dtype, or no pixels; or the budget is below 1
-                or does not suit the partition.
+            ValueError: See [`RegionPartitioner.check`].
         """
-        num_patches = self.config.num_patches if num_patches is None else num_patches
-        self._check(pixel_values, num_patches)
         # Convolutions run faster in this layout, and sampling reads whole rows of it.
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        regions = self.partition(self.score(pixel_values), num_patches, *pixel_values.shape[2:])
+        pixel_values = channels_last(pixel_values)
+        regions = self.regions(pixel_values, num_patches)
         return self.embed(pixel_values, regions), self.position_embeddings[:, :1], regions
-
-    def score(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> scores (B, G, G) in float32 at least; ones for the uniform partition."""
-        if self.config.partition != "uniform":
-            return self.scorer(pixel_values)
-        grid = (pixel_values.shape[0], self.config.score_grid_size, self.config.score_grid_size)
-        return pixel_values.new_ones(grid, dtype=torch.promote_types(self.projection.weight.dtype, torch.float32))
-
-    def partition(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
-        """Scores (B, G, G) -> regions in float32 at least, whatever the precision of the model or of autocast."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        with maybe_autocast(scores.device.type, enabled=False):
-            return PARTITIONS[self.config.partition](scores, num_patches, height, width)
 
     def embed(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
         """The tokens of the regions of (B, C, H, W), with their positions added: (B, N, D)."""
@@ -72,23 +114,47 @@ class RegionTokenizer(nn.Module):
             weights = position_weights(regions, self.config.score_grid_size)
         return weights.to(self.position_embeddings.dtype) @ self.position_embeddings[0, 1:]
 
-    def _check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 4:
-            raise ValueError(f"pixel_values must have shape (batch, channels, height, width), got {shape}.")
-        if shape[1] != self.config.num_channels:
-            raise ValueError(f"pixel_values must have {self.config.num_channels} channels, got {shape[1]} in {shape}.")
-        if 0 in shape:
-            raise ValueError(f"pixel_values must hold at least one image of at least one pixel, got shape {shape}.")
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values must be floating point and normalised, as DartImageProcessor returns them, got "
-                f"{pixel_values.dtype}."
-            )
-        if isinstance(num_patches, bool) or not isinstance(num_patches, Integral) or num_patches < 1:
-            raise ValueError(f"num_patches must be an integer of at least 1, got {num_patches!r}.")
+
+class ImageRebuilder(RegionPartitioner):
+    """Puts the regions of a grid together again, to an image whose content is spread about evenly."""
+
+    def forward(self, pixel_values: torch.Tensor, num_patches: int | None = None) -> tuple[torch.Tensor, Regions]:
+        """Rebuild a batch of images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised.
+            num_patches: Number R·C of the regions; `config.num_patches` without it.
+
+        Returns:
+            Images (B, C, P·R, P·C); and the regions.
+
+        Raises:
+            ValueError: See [`ImageRebuilder.check`].
+        """
+        pixel_values = channels_last(pixel_values)
+        regions = self.regions(pixel_values, num_patches)
+        return self.rebuild(pixel_values, regions), regions
+
+    def rebuild(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
+        """The regions of (B, C, H, W) side by side as they lie in the image: (B, C, P·R, P·C)."""
+        patches = patch_images(sample_regions(pixel_values, regions, self.config.patch_size), self.config.patch_size)
+        rows = regions.row_edges.shape[1] - 1
+        return patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def cut(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
         if self.config.partition == "grid":
-            check_grid_budget(num_patches, *shape[2:])
+            return grid_regions(scores, num_patches, height, width, self.config.first_strip_edge)
+        return super().cut(scores, num_patches, height, width)
+
+    def check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
+        """As [`RegionPartitioner.check`]; whatever the partition, the budget must fill a grid."""
+        super().check(pixel_values, num_patches)
+        check_grid_budget(num_patches, *pixel_values.shape[2:])
+
+
+def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
+    # What has no channels is refused later.
+    return pixel_values.contiguous(memory_format=torch.channels_last) if pixel_values.dim() == 4 else pixel_values
 
 
 class PatchProjection(nn.Conv2d):

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from .configuration_dart import RegionTokenizerConfig
+from .configuration_dart import RegionConfig
 
 # (width, kernel size, stride) of each convolution of the "conv" trunk. The first takes a coarse step: a layer at half
 # resolution would cost more than the whole rest.
@@ -39,7 +39,7 @@ LARGEST_MAP = {
 LARGEST_REUSED_ALLOCATION = 32 * 2**20
 
 
-def build_trunk(config: RegionTokenizerConfig) -> tuple[nn.Module, int]:
+def build_trunk(config: RegionConfig) -> tuple[nn.Module, int]:
     """The trunk that `config.scorer` names and the number of channels of its map.
 
     Raises:
@@ -74,7 +74,7 @@ class ConvTrunk(nn.Sequential):
 class TimmTrunk(nn.Module):
     """The last stage of a timm feature extractor: (B, C, H, W) -> (B, F, h, w)."""
 
-    def __init__(self, config: RegionTokenizerConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: RegionConfig, pretrained: bool = False) -> None:
         super().__init__()
         name = config.scorer.removeprefix("timm/")
         options: dict[str, Any] = {"features_only": True, "out_indices": (-1,), "in_chans": config.num_channels}

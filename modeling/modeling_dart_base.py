@@ -1,0 +1,177 @@
+"""What every DART model has, whatever its encoder: loading, the scorer's freezing, outputs, a classifier."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_dart import RegionConfig
+from .region_partition import Regions
+from .region_scorer import DEAD_SCORER, RegionScorer, ScoreStatistics
+from .region_tokenizer import RegionTokenizer
+
+
+@dataclass
+class DartModelOutput(BaseModelOutputWithPooling):
+    """[`BaseModelOutputWithPooling`] and, on request, the regions of the tokens."""
+
+    regions: Regions | None = None
+
+
+@dataclass
+class DartImageClassifierOutput(ImageClassifierOutput):
+    """[`ImageClassifierOutput`] and, on request, the regions of the tokens."""
+
+    regions: Regions | None = None
+
+
+class RegionPreTrainedModel(PreTrainedModel):
+    """Weights, loading, and the scorer's freezing. Every base model has its scorer in `tokenizer`."""
+
+    config: RegionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["scorer"]
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, RegionScorer):
+            module.initialize_trunk()
+            init.zeros_(module.trunk_loaded)
+        elif isinstance(module, ScoreStatistics):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, RegionTokenizer):
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> "RegionPreTrainedModel | tuple[RegionPreTrainedModel, dict[str, Any]]":
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # `_init_weights` is not called for a scorer whose own buffers were loaded.
+        trunk = "tokenizer.scorer.trunk."
+        absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        model.scorer.initialize_missing_weights({name.partition(trunk)[2] for name in absent if trunk in name})
+        # Loading makes every parameter trainable again.
+        model.scorer.set_frozen(model.config.scorer_frozen)
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # The saved code holds the bare model too: let `AutoModel` find it in a classifier's folder.
+        if self._auto_class is not None:
+            bare = type(self.base_model)
+            self.config.auto_map = {
+                "AutoModel": f"{bare.__module__.rpartition('.')[2]}.{bare.__name__}",
+                **(getattr(self.config, "auto_map", None) or {}),
+            }
+        super().save_pretrained(*args, **kwargs)
+
+    @property
+    def scorer(self) -> RegionScorer:
+        """The scoring network inside the tokenizer."""
+        return self.base_model.tokenizer.scorer
+
+    def load_pretrained_scorer(self, source: str | Path | None = None) -> None:
+        """Give the scorer's trunk ImageNet weights: the library's download or a local file.
+
+        See [`RegionScorer.load_pretrained_trunk`] for what `source` may be and what is raised.
+        """
+        self.scorer.load_pretrained_trunk(source)
+
+    def freeze_scorer(self, frozen: bool = True) -> None:
+        """Keep the scorer's trunk in evaluation mode and without gradient; with `frozen=False` let it train."""
+        self.scorer.set_frozen(frozen)
+
+    def require_scorer_weights(self) -> None:
+        """Raise a ValueError if the scorer's trunk is frozen without ever having got weights.
+
+        Training such a model learns nothing about where to look: the regions stay all but uniform.
+        """
+        if self.config.partition != "uniform" and self.scorer.is_dead:
+            raise ValueError(DEAD_SCORER.format(scorer=self.config.scorer))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.tokenizer.projection
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.tokenizer.projection = value
+
+
+class ImageClassifierMixin:
+    """A linear classifier on what the base model pools."""
+
+    def __init__(self, config: RegionConfig, base_model: RegionPreTrainedModel, num_features: int) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, base_model)
+        self.classifier = build_classifier(num_features, config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_patches: int | None = None,
+        output_regions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DartImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
+            labels: (B,) class indices (or what `config.problem_type` asks for); the loss is returned with them.
+            num_patches: Token budget N of this call; `config.num_patches` without it.
+            output_regions: Whether to return where the tokens are.
+
+        Returns:
+            `logits` (B, num_labels); `loss` with labels; `regions` on request.
+
+        Raises:
+            ValueError: There is not one label per image; or see [`RegionPartitioner.check`].
+        """
+        check_labels(labels, pixel_values)
+        outputs = self.base_model(pixel_values, num_patches=num_patches, output_regions=output_regions, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        return DartImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            regions=outputs.regions,
+        )
+
+
+def build_classifier(num_features: int, num_labels: int) -> nn.Module:
+    return nn.Linear(num_features, num_labels) if num_labels > 0 else nn.Identity()
+
+
+def check_labels(labels: torch.Tensor | None, pixel_values: torch.Tensor) -> None:
+    """Raise a ValueError unless there is one label per image, or none at all."""
+    if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
+        raise ValueError(
+            f"labels must have one entry per image, got shape {tuple(labels.shape)} for {pixel_values.shape[0]} images."
+        )
+
+
+def drop_path_rates(highest: float, num_layers: int) -> list[float]:
+    """Stochastic depth that grows linearly with depth, from 0 to `highest` (arXiv 1603.09382)."""
+    return [highest * depth / max(num_layers - 1, 1) for depth in range(num_layers)]
