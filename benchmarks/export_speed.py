@@ -20,15 +20,17 @@ import skimage.data
 import torch
 from PIL import Image
 from torch import nn
+from transformers import AutoModelForImageClassification
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf import DartImageProcessor
 from dart_hf.benchmark import Settings, command_line, interleave, machine, summary
 from dart_hf.digits_on_photos import PHOTOGRAPHS
 from dart_hf.export import export_model
 from dart_hf.prediction import load_model
+from dart_hf.presets import preset_config
 
 # Name -> preset, token budget.
-MODELS = {"DART-Ti@196": ("tiny", 196), "DART-S@392": ("small", 392)}
+MODELS = {"DART-Ti@196": ("tiny", 196), "DART-S@392": ("small", 392), "DART-Vim-Ti@196": ("vim-tiny", 196)}
 BATCH_SIZES = (8, 1)
 
 
@@ -121,8 +123,8 @@ def _save_random(name: str, folder: Path) -> Path:
     """A model of a published size with random weights, and a trunk whose statistics are those of photographs."""
     preset, num_patches = MODELS[name]
     torch.manual_seed(0)
-    config = DartConfig.preset(preset, num_patches=num_patches, num_labels=1000, score_normalization="image")
-    model, processor = DartForImageClassification(config), DartImageProcessor()
+    config = preset_config(preset, num_patches=num_patches, num_labels=1000, score_normalization="image")
+    model, processor = AutoModelForImageClassification.from_config(config), DartImageProcessor()
     for module in model.scorer.trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train().momentum = None

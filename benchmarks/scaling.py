@@ -10,10 +10,11 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import AutoModelForImageClassification
 
-from dart_hf import DartConfig, DartForImageClassification
 from dart_hf.benchmark import PARTS, Settings, command_line, interleave, machine, parts_of, summary
 from dart_hf.prediction import quiet
+from dart_hf.presets import PRESETS, preset_config
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (224, 448, 672, 896, 1120)
@@ -21,7 +22,7 @@ IMAGE_SIZES = (224, 448, 672, 896, 1120)
 
 def main(
     output: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    preset: Annotated[str, typer.Option(help="Of DartConfig.")] = "tiny",
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "tiny",
     num_patches: Annotated[int, typer.Option(help="Token budget.")] = 196,
     rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
@@ -33,7 +34,8 @@ def main(
     cases = [("batch", size, 448) for size in BATCH_SIZES] + [("image", 4, size) for size in IMAGE_SIZES]
     runs = {}
     with quiet(), torch.inference_mode():
-        model = DartForImageClassification(DartConfig.preset(preset, num_patches=num_patches, num_labels=1000)).eval()
+        config = preset_config(preset, num_patches=num_patches, num_labels=1000)
+        model = AutoModelForImageClassification.from_config(config).eval()
         for case in cases:
             _, batch_size, image_size = case
             images = torch.randn(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)

@@ -4,16 +4,13 @@ A published file is a pickle: a dict with `model`, often `model_ema`, the optimi
 argparse.Namespace. It is read without executing anything in it. The tensors say what the network is; only the token
 budget is in no tensor, so the variant (see `VARIANTS`) has to be known from elsewhere and to agree with the tensors.
 
-Each encoder has one entry in `ENCODERS`: how to recognise its files, how to read its settings off the tensors' shapes,
-and one table from our tensor names to the original ones.
+How the tensors of each encoder are called, and what their shapes tell, is in `encoders.py`.
 """
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any
@@ -26,19 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
-from dart_hf.conversion.tensors import TIMM_VIT_NAMES, NameTable, Tensors, renamed_tensors
+from dart_hf.conversion.encoders import ENCODERS, Encoder, Reading, recognise_encoder
+from dart_hf.conversion.tensors import Tensors, renamed_tensors
 from dart_hf.folders import check_unused, complete_folder
 from dart_hf.hub_errors import hub_reason
-from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
+from dart_hf.modeling.configuration_dart import RegionConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
-from dart_hf.modeling.modeling_dart import DartForImageClassification
 from dart_hf.modeling.region_scorer import ScoreStatistics
-from dart_hf.modeling.scorer_trunk import build_trunk
 
 HUB_REPOSITORY = "yinkx3/DART"
-HEAD_WIDTH = 64
-SCORER = "patch_embed.spn.spn.spn."
-OUR_SCORER = "dart.tokenizer.scorer."
 
 
 @dataclass(frozen=True)
@@ -46,20 +39,24 @@ class Variant:
     """A published checkpoint.
 
     Args:
-        encoder: Key of `ENCODERS`.
+        encoder_name: Key of `ENCODERS`.
         args_model: What the authors' training script calls it.
-        preset: Name of the `DartConfig` preset that it is made from.
+        preset: Name of the configuration's preset that it is made from.
         settings: Where it differs from the preset.
     """
 
-    encoder: str
+    encoder_name: str
     args_model: str
-    preset: str = ""
-    settings: Mapping[str, Any] | None = None
+    preset: str
+    settings: Mapping[str, Any]
 
-    def config(self, **overrides: Any) -> DartConfig:
-        """The published configuration; `overrides` replace single settings. Only for encoders that are supported."""
-        return DartConfig.preset(self.preset, **{**(self.settings or {}), **overrides})
+    @property
+    def encoder(self) -> Encoder:
+        return ENCODERS[self.encoder_name]
+
+    def config(self, **overrides: Any) -> RegionConfig:
+        """The published configuration; `overrides` replace single settings."""
+        return self.encoder.config_class.preset(self.preset, **{**self.settings, **overrides})
 
 
 VARIANTS: dict[str, Variant] = {
@@ -70,11 +67,11 @@ VARIANTS: dict[str, Variant] = {
     "darvit-sm-ft144p": Variant("vit", "darvit_sm_144p", "small", {"num_patches": 144}),
     "darvit-sm-ft288p": Variant("vit", "darvit_sm_288p", "small", {"num_patches": 288}),
     "darvit-sm-ft392p": Variant("vit", "darvit_sm_392p", "small", {"num_patches": 392}),
-    "darvim-tiny": Variant("vim", "darvim_tiny"),
-    "darvim-tiny-ft2seq": Variant("vim", "darvim_tiny_2seq"),
-    "darvim-sm": Variant("vim", "darvim_sm"),
-    "darvim-sm-ft2seq": Variant("vim", "darvim_sm_2seq"),
-    "darmt-L6": Variant("rmt", "DARMT_L6"),
+    "darvim-tiny": Variant("vim", "darvim_tiny", "tiny", {"num_patches": 196}),
+    "darvim-tiny-ft2seq": Variant("vim", "darvim_tiny_2seq", "tiny", {"num_patches": 392}),
+    "darvim-sm": Variant("vim", "darvim_sm", "small", {"num_patches": 196}),
+    "darvim-sm-ft2seq": Variant("vim", "darvim_sm_2seq", "small", {"num_patches": 392}),
+    "darmt-L6": Variant("rmt", "DARMT_L6", "L6", {"num_patches": 196, "first_strip_edge": 2}),
 }
 
 
@@ -99,14 +96,15 @@ def convert_checkpoint(
         OSError: The file cannot be found or downloaded, or `output` is in use.
     """
     if variant is not None:
-        _check_variant(variant, "variant")
+        _check_variant(variant)
     output = Path(output)
     check_unused(output)
 
     path = _locate(checkpoint, variant)
     tensors, args_model = read_checkpoint(path, ema)
-    config, state = convert_state_dict(tensors, variant or _infer_variant(path, args_model))
-    model = DartForImageClassification(config)
+    variant = variant or _infer_variant(path, args_model)
+    config, state = convert_state_dict(tensors, variant)
+    model = VARIANTS[variant].encoder.model_class(config)
     model.load_state_dict(state)
     with complete_folder(output) as folder:
         model.save_pretrained(folder)
@@ -114,7 +112,7 @@ def convert_checkpoint(
     return output
 
 
-def convert_state_dict(original: Tensors, variant: str) -> tuple[DartConfig, dict[str, torch.Tensor]]:
+def convert_state_dict(original: Tensors, variant: str) -> tuple[RegionConfig, dict[str, torch.Tensor]]:
     """Convert the tensors of a published checkpoint.
 
     Args:
@@ -122,27 +120,26 @@ def convert_state_dict(original: Tensors, variant: str) -> tuple[DartConfig, dic
         variant: One of `VARIANTS`; says what no tensor tells, and is checked against what they do tell.
 
     Returns:
-        The configuration, and the complete state dict of a `DartForImageClassification` made from it.
+        The configuration, and the complete state dict of the encoder's classifier made from it.
 
     Raises:
-        ValueError: The encoder is unknown or not supported, the variant contradicts the tensors, or a tensor is
-            missing, unexpected or wrongly shaped; the message has its original name.
+        ValueError: The encoder is unknown, the variant contradicts the tensors, or a tensor is missing, unexpected or
+            wrongly shaped; the message has its original name.
     """
-    _check_variant(variant, "variant")
-    encoder = _recognise(original)
-    if encoder.settings is None:
-        raise _not_supported(f"The checkpoint is a {encoder.title} model", encoder)
+    _check_variant(variant)
+    encoder = recognise_encoder(original)
+    _check_encoder(encoder, variant)
     readings = encoder.settings(original)
-    _check_against_variant(readings, variant)
+    _check_settings(readings, variant)
     settings = {name: reading.value for name, reading in readings.items()}
     config = VARIANTS[variant].config(**settings, score_normalization="batch", **_labels(settings["num_labels"]))
 
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in DartForImageClassification(config).state_dict().items()}
-    state = renamed_tensors(original, shapes, encoder.names)
+        shapes = {name: tensor.shape for name, tensor in encoder.model_class(config).state_dict().items()}
+    state = renamed_tensors(encoder.arranged(original, config), shapes, encoder.names)
     # What the authors' models do not have: statistics of the "running" normalisation, and the mark of a live trunk.
-    state |= {f"{OUR_SCORER}statistics.{name}": value for name, value in ScoreStatistics().state_dict().items()}
-    state[f"{OUR_SCORER}trunk_loaded"] = torch.tensor(True)
+    state |= {f"{encoder.our_scorer}statistics.{name}": value for name, value in ScoreStatistics().state_dict().items()}
+    state[f"{encoder.our_scorer}trunk_loaded"] = torch.tensor(True)
     return config, state
 
 
@@ -184,32 +181,22 @@ def _infer_variant(path: Path, args_model: str | None) -> str:
                 f"variant: {path} was trained as {args_model!r}, which is no published model; say which one it is: "
                 f"{_variant_list()}."
             )
-        variant = named[args_model]
-    elif path.stem in VARIANTS:
-        variant = path.stem
-    else:
-        raise ValueError(
-            f"variant: neither the content nor the name of {path} says which model it is, and no tensor holds the "
-            f"number of patches; say which one it is: {_variant_list()}."
-        )
-    _check_variant(variant, str(path))
-    return variant
+        return named[args_model]
+    if path.stem in VARIANTS:
+        return path.stem
+    raise ValueError(
+        f"variant: neither the content nor the name of {path} says which model it is, and no tensor holds the number "
+        f"of patches; say which one it is: {_variant_list()}."
+    )
 
 
-def _check_variant(variant: str, argument: str) -> None:
+def _check_variant(variant: str) -> None:
     if variant not in VARIANTS:
-        raise ValueError(f"{argument}: {variant!r} is unknown; accepted are {_variant_list()}.")
-    encoder = ENCODERS[VARIANTS[variant].encoder]
-    if encoder.settings is None:
-        raise _not_supported(f"{argument}: {variant!r} is a {encoder.title} model", encoder)
+        raise ValueError(f"variant: {variant!r} is unknown; accepted are {_variant_list()}.")
 
 
 def _variant_list() -> str:
-    return ", ".join(name for name, entry in VARIANTS.items() if ENCODERS[entry.encoder].settings is not None)
-
-
-def _not_supported(subject: str, encoder: "Encoder") -> ValueError:
-    return ValueError(f"{subject}, which is not yet supported; {_variant_list()} are.")
+    return ", ".join(VARIANTS)
 
 
 # Reading files ----------------------------------------------------------------------------------------------------
@@ -294,110 +281,18 @@ def _read_pickle(path: Path) -> Any:
             raise ValueError(f"checkpoint: {path} is not a PyTorch checkpoint, or is incomplete.") from error
 
 
-# Encoders ---------------------------------------------------------------------------------------------------------
+# Variant against tensors ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A setting, and the tensor whose shape tells it."""
-
-    value: Any
-    tensor: str
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """How an encoder looks in the authors' files.
-
-    Args:
-        title: What people call it.
-        marker: Pattern of a tensor name that only this encoder has.
-        settings: Reads the configuration's settings off the shapes. None: not supported.
-        names: From our tensor names to the original ones, as for [`renamed_tensors`].
-    """
-
-    title: str
-    marker: str
-    settings: Callable[[Tensors], dict[str, Reading]] | None = None
-    names: NameTable = ()
+def _check_encoder(encoder: Encoder, variant: str) -> None:
+    if encoder is not VARIANTS[variant].encoder:
+        raise ValueError(
+            f"The checkpoint is not {variant!r}, a {VARIANTS[variant].encoder.title} model: its tensors are those of "
+            f"a {encoder.title} model."
+        )
 
 
-def _vit_settings(tensors: Tensors) -> dict[str, Reading]:
-    width = _shape(tensors, "cls_token", 3)[2]
-    if width % HEAD_WIDTH:
-        raise ValueError(f"Tensor 'cls_token' is {width} wide, which is no multiple of a head's {HEAD_WIDTH}.")
-    blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
-    mlp = "blocks.0.mlp.fc1.weight"
-    return {
-        "hidden_size": Reading(width, "cls_token"),
-        "num_attention_heads": Reading(width // HEAD_WIDTH, "cls_token"),
-        "num_hidden_layers": Reading(1 + max(blocks), f"blocks.{max(blocks)}.*"),
-        "intermediate_size": Reading(_shape(tensors, mlp, 2)[0], mlp),
-        "num_labels": Reading(_shape(tensors, "head.weight", 2)[0], "head.weight"),
-        **_tokenizer_settings(tensors),
-    }
-
-
-def _tokenizer_settings(tensors: Tensors) -> dict[str, Reading]:
-    """The settings of the region tokenizer, which the encoders share."""
-    positions = _shape(tensors, "pos_embed", 3)[1]
-    grid_size = math.isqrt(max(positions - 1, 0))
-    if positions != 1 + grid_size**2:
-        raise ValueError(f"Tensor 'pos_embed' has {positions} rows, which is not 1 + G² of a square score grid.")
-    out = f"{SCORER}mlp.net.2.weight"
-    head = "v1" if _shape(tensors, out, 2)[0] == 1 else "v2"
-    return {
-        "score_grid_size": Reading(grid_size, "pos_embed"),
-        "patch_size": Reading(_shape(tensors, "patch_embed.proj.weight", 4)[3], "patch_embed.proj.weight"),
-        "scorer": Reading(_recognise_trunk(tensors, head), f"{SCORER}features.*"),
-        "scorer_head": Reading(head, out),
-    }
-
-
-ENCODERS: dict[str, Encoder] = {
-    "vit": Encoder(
-        title="DART-DeiT (ViT)",
-        marker=r"blocks\.\d+\.",
-        settings=_vit_settings,
-        names=(
-            *TIMM_VIT_NAMES,
-            (r"dart\.tokenizer\.scorer\.trunk\.", f"{SCORER}features."),
-            (r"dart\.tokenizer\.scorer\.head\.fc1\.", f"{SCORER}mlp.net.0."),
-            (r"dart\.tokenizer\.scorer\.head\.fc2\.", f"{SCORER}mlp.net.2."),
-        ),
-    ),
-    "vim": Encoder(title="DART-Vim (bidirectional Mamba)", marker=r"layers\.\d+\.mixer\."),
-    "rmt": Encoder(title="DART-RMT (retentive network)", marker=r"layers\.\d+\.blocks\.\d+\.retention\."),
-}
-
-
-def _recognise(tensors: Tensors) -> Encoder:
-    for encoder in ENCODERS.values():
-        if any(re.match(encoder.marker, name) for name in tensors):
-            return encoder
-    names = ", ".join(map(repr, islice(tensors, 3)))
-    raise ValueError(f"The checkpoint is no DART model: its {len(tensors)} tensors are called {names} and so on.")
-
-
-def _recognise_trunk(tensors: Tensors, scorer_head: str) -> str:
-    """The torchvision trunk that most of the scorer's tensors fit, in name and shape; at least half of it has to."""
-    given = {
-        re.sub(r"^(features|layers)\.", "", name.removeprefix(SCORER)): tensor.shape
-        for name, tensor in tensors.items()
-        if name.startswith(SCORER)
-    }
-    fits = {}
-    for trunk in TORCHVISION_TRUNKS:
-        with torch.device("meta"):
-            expected = build_trunk(DartConfig(scorer=trunk, scorer_head=scorer_head))[0].state_dict()
-        fits[trunk] = sum(given.get(name) == tensor.shape for name, tensor in expected.items()) / len(expected)
-    best = max(fits, key=lambda trunk: fits[trunk])
-    if fits[best] < 0.5:
-        raise ValueError(f"The tensors '{SCORER}*' are none of the trunks {', '.join(TORCHVISION_TRUNKS)}.")
-    return best
-
-
-def _check_against_variant(readings: Mapping[str, Reading], variant: str) -> None:
+def _check_settings(readings: Mapping[str, Reading], variant: str) -> None:
     """The variant and the tensors have to agree in everything but the number of labels, which fine-tuning changes."""
     published = VARIANTS[variant].config()
     differences = [
@@ -407,15 +302,6 @@ def _check_against_variant(readings: Mapping[str, Reading], variant: str) -> Non
     ]
     if differences:
         raise ValueError(f"The checkpoint is not {variant!r}: it has {', '.join(differences)}.")
-
-
-def _shape(tensors: Tensors, name: str, rank: int) -> torch.Size:
-    if name not in tensors:
-        raise ValueError(f"The checkpoint has no tensor {name!r}.")
-    shape = tensors[name].shape
-    if len(shape) != rank:
-        raise ValueError(f"Tensor {name!r} must have {rank} dimensions, got shape {tuple(shape)}.")
-    return shape
 
 
 # Writing ----------------------------------------------------------------------------------------------------------

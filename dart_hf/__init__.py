@@ -5,22 +5,28 @@ Importing this package registers the models with transformers' Auto classes; not
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from dart_hf.modeling.configuration_dart import DartConfig
+from dart_hf.modeling.configuration_dart import DartConfig, DartRmtConfig, DartVimConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification, DartModel, DartPreTrainedModel
+from dart_hf.modeling.modeling_dart_rmt import DartRmtForImageClassification, DartRmtModel, DartRmtPreTrainedModel
+from dart_hf.modeling.modeling_dart_vim import DartVimForImageClassification, DartVimModel, DartVimPreTrainedModel
 from dart_hf.modeling.region_partition import Regions
 from dart_hf.version import __version__
 
-AutoConfig.register(DartConfig.model_type, DartConfig)
-AutoImageProcessor.register(DartConfig, image_processor_classes={"torchvision": DartImageProcessor})
-AutoModel.register(DartConfig, DartModel)
-AutoModelForImageClassification.register(DartConfig, DartForImageClassification)
-
 # Saved models and image processors carry their code along, for `trust_remote_code=True` where dart_hf is missing.
-DartConfig.register_for_auto_class()
 DartImageProcessor.register_for_auto_class()
-DartModel.register_for_auto_class("AutoModel")
-DartForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+for _config, _model, _classifier in (
+    (DartConfig, DartModel, DartForImageClassification),
+    (DartVimConfig, DartVimModel, DartVimForImageClassification),
+    (DartRmtConfig, DartRmtModel, DartRmtForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoImageProcessor.register(_config, image_processor_classes={"torchvision": DartImageProcessor})
+    AutoModel.register(_config, _model)
+    AutoModelForImageClassification.register(_config, _classifier)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
+    _classifier.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
     "DartConfig",
@@ -28,6 +34,14 @@ __all__ = [
     "DartImageProcessor",
     "DartModel",
     "DartPreTrainedModel",
+    "DartRmtConfig",
+    "DartRmtForImageClassification",
+    "DartRmtModel",
+    "DartRmtPreTrainedModel",
+    "DartVimConfig",
+    "DartVimForImageClassification",
+    "DartVimModel",
+    "DartVimPreTrainedModel",
     "Regions",
     "__version__",
 ]

@@ -30,29 +30,44 @@ from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 from torch import nn
 from tqdm import tqdm
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from dart_hf.modeling.configuration_dart import DartConfig
-from dart_hf.modeling.modeling_dart import DartForImageClassification
+from dart_hf.modeling.region_tokenizer import ImageRebuilder
 from dart_hf.pictures import save_figure
 from dart_hf.prediction import quiet
+from dart_hf.presets import preset_config
 
 NUM_LABELS = 1000
 DART_IMAGE_SIZE = 448
 PATCH_SIZE = 16
-BUDGETS = (121, 196, 288, 392)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Size -> hidden size, attention heads; twelve layers and an MLP four times as wide in each.
 SIZES = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}
-PRESETS = {"Ti": "tiny", "S": "small"}
+DART_PRESETS = {
+    "Ti": "tiny",
+    "S": "small",
+    "Vim-Ti": "vim-tiny",
+    "Vim-S": "vim-small",
+    "RMT-S": "rmt-small",
+    "RMT-L6": "rmt-L6",
+}
 TIMM_NAMES = {"Ti": "deit_tiny_patch16_224", "S": "deit_small_patch16_224", "B": "deit_base_patch16_224"}
+BUDGETS = {
+    **dict.fromkeys(("Ti", "S"), (121, 196, 288, 392)),
+    **dict.fromkeys(("Vim-Ti", "Vim-S"), (196, 392)),
+    **dict.fromkeys(("RMT-S", "RMT-L6"), (196,)),
+}
 # ImageNet-1k top-1 in percent, as the DART paper reports them (arXiv 2506.10390).
 PUBLISHED_ACCURACY = {
     "DART-Ti@121": 71.8,
     "DART-Ti@196": 73.8,
     "DART-S@196": 80.6,
     "DART-S@392": 81.8,
+    "DART-Vim-Ti@196": 77.2,
+    "DART-Vim-Ti@392": 78.9,
+    "DART-Vim-S@196": 81.5,
+    "DART-Vim-S@392": 82.2,
     "DeiT-Ti@224": 72.2,
     "DeiT-S@224": 79.8,
     "DeiT-S@384": 81.6,
@@ -70,7 +85,7 @@ class Contestant:
 
     Args:
         family: `"DART"`, `"timm"` or `"transformers"`.
-        size: `"Ti"`, `"S"` or `"B"`.
+        size: `"Ti"`, `"S"` or `"B"`; a DART's may have another encoder, such as `"Vim-Ti"`.
         image_size: Side in pixels of the images that it reads.
         num_patches: Tokens per image, the class token not counted.
     """
@@ -90,9 +105,15 @@ class Contestant:
     def build(self, attention: str = "sdpa") -> nn.Module:
         """The model with random weights and the given implementation of attention."""
         if self.family == "DART":
-            settings = {"num_patches": self.num_patches, "image_size": self.image_size, "num_labels": NUM_LABELS}
-            config = DartConfig.preset(PRESETS[self.size], attn_implementation=attention, **settings)
-            return DartForImageClassification(config)
+            config = preset_config(
+                DART_PRESETS[self.size],
+                num_patches=self.num_patches,
+                image_size=self.image_size,
+                num_labels=NUM_LABELS,
+            )
+            # What has no attention takes no implementation of it.
+            chosen = {} if config.model_type == "dart_vim" else {"attn_implementation": attention}
+            return AutoModelForImageClassification.from_config(config, **chosen)
         if self.family == "timm":
             # A switch for all of timm, which each layer reads when it is made.
             set_fused_attn(attention == "sdpa")
@@ -113,10 +134,10 @@ class Contestant:
 
 
 def contestants() -> list[Contestant]:
-    """DART-Ti and -S at four budgets, and DeiT and ViT of the sizes and resolutions of the paper's comparison."""
+    """DART at its budgets, and DeiT and ViT of the sizes and resolutions of the paper's comparison."""
     plain = [(size, 224) for size in SIZES] + [("S", 384), ("S", 448)]
     return [
-        *(Contestant("DART", size, DART_IMAGE_SIZE, budget) for size in PRESETS for budget in BUDGETS),
+        *(Contestant("DART", size, DART_IMAGE_SIZE, budget) for size, budgets in BUDGETS.items() for budget in budgets),
         *(
             Contestant(family, size, image_size, (image_size // PATCH_SIZE) ** 2)
             for family in ("timm", "transformers")
@@ -251,7 +272,7 @@ def _choose(patterns: Sequence[str]) -> list[Contestant]:
 
 
 def _time_inference(chosen: Sequence[Contestant], settings: Settings) -> dict[str, dict[str, Any]]:
-    """Per model: `parameters`, `inference`; of a DART also `parts` and `encoders`."""
+    """Per model: `parameters`, `inference`; of a DART also `parts`, and of its ViTs `encoders`."""
     runs: dict[tuple[str, ...], Callable[[], Any]] = {}
     results: dict[str, dict[str, Any]] = {}
     for entry in chosen:
@@ -278,9 +299,10 @@ def _time_inference(chosen: Sequence[Contestant], settings: Settings) -> dict[st
     return results
 
 
-def parts_of(model: DartForImageClassification, images: torch.Tensor, settings: Settings) -> dict[str, Callable]:
-    """The steps of one forward, each on the results of the one before."""
-    tokenizer, num_patches, size = model.dart.tokenizer, model.config.num_patches, images.shape[2:]
+def parts_of(model: PreTrainedModel, images: torch.Tensor, settings: Settings) -> dict[str, Callable]:
+    """The steps of one forward of a DART classifier, each on the results of the one before."""
+    tokenizer, num_patches, size = model.base_model.tokenizer, model.config.num_patches, images.shape[2:]
+    rebuilds = isinstance(tokenizer, ImageRebuilder)
 
     def score(images: torch.Tensor) -> torch.Tensor:
         return tokenizer.score(images.contiguous(memory_format=torch.channels_last))
@@ -288,24 +310,33 @@ def parts_of(model: DartForImageClassification, images: torch.Tensor, settings: 
     def partition(scores: torch.Tensor) -> Any:
         return tokenizer.partition(scores, num_patches, *size)
 
-    def encode(tokens: torch.Tensor, class_position: torch.Tensor) -> torch.Tensor:
-        return model.classifier(model.dart.encode(tokens, class_position, class_token_only=True)[:, 0])
-
     with torch.inference_mode():
         scores = score(images)
         regions = partition(scores)
         channels_last = images.contiguous(memory_format=torch.channels_last)
-        tokens, class_position, _ = tokenizer(images)
-    arguments = ((images,), (scores,), (channels_last, regions), (tokens, class_position))
-    steps = (score, partition, tokenizer.embed, encode)
+        inputs = tokenizer(images)[:-1]
+    arguments = ((images,), (scores,), (channels_last, regions), inputs)
+    steps = (score, partition, tokenizer.rebuild if rebuilds else tokenizer.embed, _encoder_and_head(model))
     return {
         part: functools.partial(_compiled(step, settings), *given)
         for part, step, given in zip(PARTS, steps, arguments, strict=True)
     }
 
 
-def _encoders(entry: Contestant, model: DartForImageClassification, settings: Settings) -> dict[str, Callable]:
-    """The encoder for all tokens, and timm's at the same length."""
+def _encoder_and_head(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
+    """What comes after the tokenizer, given what it returns without the regions."""
+    base, classifier = model.base_model, model.classifier
+    return {
+        "dart": lambda tokens, place: classifier(base.encode(tokens, place, class_token_only=True)[:, 0]),
+        "dart_vim": lambda tokens, place: classifier(base.encode(tokens, place)[:, tokens.shape[1] // 2]),
+        "dart_rmt": lambda rebuilt: classifier(base.pooler(base.encode(rebuilt))),
+    }[model.config.model_type]
+
+
+def _encoders(entry: Contestant, model: PreTrainedModel, settings: Settings) -> dict[str, Callable]:
+    """The encoder for all tokens, and timm's at the same length, of a ViT."""
+    if model.config.model_type != "dart":
+        return {}
     peer = Contestant("timm", entry.size, 224, 196).build(settings.attention).eval().requires_grad_(False)
     peer = nn.Sequential(*peer.blocks, peer.norm).to(settings.device, DTYPES[settings.dtype])
     shape = (settings.batch_size, entry.num_patches, SIZES[entry.size][0])

@@ -127,7 +127,8 @@ def convert(
     variant: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="dart: which published model it is, if the file does not say; which file to fetch."
+            metavar="NAME",
+            help="dart: which published model it is, e.g. darvim-tiny, if the file does not say; which file to fetch.",
         ),
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="dart: take the averaged weights.")] = False,
@@ -150,7 +151,10 @@ def convert(
         typer.Option(metavar="G", min=1, help="vit: side of the score grid and the position table; 14 without it."),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of the DART authors, or a pretrained ViT, into a folder that from_pretrained reads."""
+    """Convert a checkpoint of the DART authors (ViT, Vision Mamba or RMT), or a pretrained ViT.
+
+    The result is a folder that from_pretrained reads.
+    """
     of_kind = {
         "dart": {"variant": variant, "ema": ema or None},
         "vit": {

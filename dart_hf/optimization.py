@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -12,8 +13,13 @@ from transformers.trainer_optimizer import is_optimizer_factory
 # timm's notation: parts of a model from its input to its output, by their parameters' names; what matches nothing (the
 # final norm and the heads) comes last. A name may have a wrapper's prefixes, e.g. `module.` or `_fsdp_wrapped_module.`.
 DEPTHS = {
-    "tokens": r"(?:.*\.)?(?:tokenizer\.|cls_token$|distillation_token$)",
-    "layers": [(r"(?:.*?\.)?layers\.(\d+)\.", None)],
+    "tokens": r"(?:.*\.)?(?:tokenizer\.|stem\.|cls_token$|distillation_token$)",
+    "layers": [
+        (r"(?:.*?\.)?stages\.(\d+)\.layers\.(\d+)\.", None),
+        # The step down to the next stage goes with the layer before it.
+        (r"(?:.*?\.)?stages\.(\d+)\.downsample\.", MATCH_PREV_GROUP),
+        (r"(?:.*?\.)?layers\.(\d+)\.", None),
+    ],
 }
 
 
@@ -35,7 +41,7 @@ def parameter_groups(
         weight_decay: Of the weights that decay.
         layer_decay: Factor of the learning rate from one layer to the one before it, as in BEiT (arXiv 2106.08254):
             layer i of L learns at `learning_rate * layer_decay**(L + 1 - i)` with i from 1, and what makes the tokens
-            (projection, positions, scorer, class token) is layer 0.
+            (projection, positions, scorer, class token; RMT's stem) is layer 0.
         scorer_learning_rate: Of the scorer: its head and, if it trains, its trunk. Without it that of layer 0.
 
     Returns:

@@ -30,7 +30,7 @@ from transformers.image_utils import SizeDict
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf import DartConfig, DartImageProcessor
 from dart_hf.checkpoints import (
     MARKER,
     latest_complete_checkpoint,
@@ -41,7 +41,9 @@ from dart_hf.conversion.vit import dart_from_vit
 from dart_hf.data import ImageData, load_image_data, without_worker_traceback
 from dart_hf.folders import located, move_model, written_whole
 from dart_hf.labels import class_names, match_labels
+from dart_hf.modeling.configuration_dart import RegionConfig
 from dart_hf.prediction import load_config, load_dart_config
+from dart_hf.presets import PRESETS, preset_config
 from dart_hf.training import LossBar, Recipe, classification_trainer
 
 COMMAND = "dart-hf train"
@@ -112,9 +114,11 @@ class ModelArguments:
             "help": "Folder or Hub id of a DART model or a ViT or DeiT, or timm/NAME for a ViT or DeiT of timm's."
         },
     )
-    preset: Literal["tiny", "small", "base"] | None = field(default=None, metadata={"help": "A new model instead."})
+    preset: Literal["tiny", "small", "base", "vim-tiny", "vim-small", "rmt-small", "rmt-L6"] | None = field(
+        default=None, metadata={"help": "A new model instead."}
+    )
     model_settings: str | None = field(
-        default=None, metadata={"help": 'Other settings of DartConfig, as JSON: \'{"scorer": "conv"}\'.'}
+        default=None, metadata={"help": 'Other settings of the configuration, as JSON: \'{"scorer": "conv"}\'.'}
     )
     num_patches: int | None = field(default=None, metadata={"help": "Token budget; the model's own without it."})
     partition: Literal["flow", "grid", "uniform"] | None = field(
@@ -442,7 +446,7 @@ def start_model(
         OSError: The model or the scorer's weights could not be had.
     """
     if (arguments.model is None) == (arguments.preset is None):
-        raise ValueError("Give either model (what to fine-tune) or preset ('tiny', 'small' or 'base', from scratch).")
+        raise ValueError(f"Give either model (what to fine-tune) or preset (from scratch: {', '.join(PRESETS)}).")
     try:
         changes = json.loads(arguments.model_settings or "{}")
     except json.JSONDecodeError as error:
@@ -453,21 +457,21 @@ def start_model(
         if getattr(arguments, name) is not None:
             changes[name] = getattr(arguments, name)
 
-    known = DartConfig().to_dict().keys() - {"model_type", "architectures", "id2label", "label2id"}
-    if unknown := sorted(changes.keys() - known):
-        raise ValueError(f"model_settings: DartConfig has no setting {', '.join(map(repr, unknown))} to change.")
     if arguments.preset is not None:
+        _check_known(changes, PRESETS[arguments.preset][0])
         with _settings_checked():
-            config = DartConfig.preset(arguments.preset, **changes, **_labels(data))
-        model, image_processor = DartForImageClassification(config), DartImageProcessor()
+            config = preset_config(arguments.preset, **changes, **_labels(data))
+        model, image_processor = AutoModelForImageClassification.from_config(config), DartImageProcessor()
         _set_crop(image_processor, config.image_size, arguments.crop_pct)
     elif _is_plain_vit(arguments.model):
+        _check_known(changes, DartConfig)
         scorer = changes.pop("scorer", None)
         grid_size = changes.pop("score_grid_size", 14)
         model, image_processor = dart_from_vit(
             arguments.model, "flow", scorer, arguments.scorer_weights, grid_size, say=say
         )
     else:
+        _check_known(changes, type(load_dart_config(arguments.model)))
         model, image_processor = _load_dart(arguments.model)
     if arguments.model is not None:
         lacks_head = not model.num_labels or model.config.architectures == [type(model.base_model).__name__]
@@ -483,6 +487,14 @@ def start_model(
             "'imagenet' to download them or a file."
         )
     return model, image_processor
+
+
+def _check_known(changes: Mapping[str, Any], config: type[RegionConfig]) -> None:
+    """Raise a ValueError that names settings that this configuration does not have, or that the data decides on."""
+    known = config().to_dict().keys() - {"model_type", "architectures", "id2label", "label2id"}
+    if unknown := sorted(changes.keys() - known):
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"model_settings: {config.__name__} has no setting {names} to change.")
 
 
 @contextmanager

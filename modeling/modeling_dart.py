@@ -25,6 +25,7 @@ from .modeling_dart_base import (
     build_classifier,
     check_labels,
     drop_path_rates,
+    eager_attention_forward,
 )
 
 # Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
@@ -46,25 +47,6 @@ class DistilledImageClassifierOutput(DartImageClassifierOutput):
 
     cls_logits: torch.FloatTensor | None = None
     distillation_logits: torch.FloatTensor | None = None
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention that also returns its weights; arguments and results as in `ALL_ATTENTION_FUNCTIONS`."""
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.softmax(dim=-1)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class DartAttention(nn.Module):

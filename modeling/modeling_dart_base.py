@@ -90,6 +90,11 @@ class RegionPreTrainedModel(PreTrainedModel):
         """The scoring network inside the tokenizer."""
         return self.base_model.tokenizer.scorer
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that half precision is for; the scorer's, which may be the model's first, stay in float32."""
+        return next(self.get_input_embeddings().parameters()).dtype
+
     def load_pretrained_scorer(self, source: str | Path | None = None) -> None:
         """Give the scorer's trunk ImageNet weights: the library's download or a local file.
 
@@ -175,3 +180,22 @@ def check_labels(labels: torch.Tensor | None, pixel_values: torch.Tensor) -> Non
 def drop_path_rates(highest: float, num_layers: int) -> list[float]:
     """Stochastic depth that grows linearly with depth, from 0 to `highest` (arXiv 1603.09382)."""
     return [highest * depth / max(num_layers - 1, 1) for depth in range(num_layers)]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also returns its weights; arguments and results as in `ALL_ATTENTION_FUNCTIONS`."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 import dart_hf.benchmark
-from dart_hf.benchmark import COMPARISONS, PARTS, PUBLISHED_ACCURACY, Contestant, Settings, contestants, run_benchmark
+from dart_hf.benchmark import (
+    COMPARISONS,
+    PARTS,
+    PUBLISHED_ACCURACY,
+    Contestant,
+    Settings,
+    contestants,
+    parts_of,
+    run_benchmark,
+)
 
 TINY = [Contestant("DART", "Ti", 64, 9), Contestant("timm", "Ti", 32, 4), Contestant("transformers", "Ti", 32, 4)]
 NAMES = ["DART-Ti@9", "DeiT-Ti@32", "ViT-Ti@32"]
@@ -149,11 +158,26 @@ def test_models_take_turns():
 
 def test_the_contestants_are_those_of_the_paper():
     names = [entry.name for entry in contestants()]
-    assert names[:8] == [f"DART-{size}@{budget}" for size in ("Ti", "S") for budget in (121, 196, 288, 392)]
-    assert set(names[8:]) == {
-        f"{family}-{plain}" for family in ("DeiT", "ViT") for plain in ("Ti@224", "S@224", "B@224", "S@384", "S@448")
-    }
+    plain = ("Ti@224", "S@224", "B@224", "S@384", "S@448")
+    assert names == [
+        *(f"DART-{size}@{budget}" for size in ("Ti", "S") for budget in (121, 196, 288, 392)),
+        *(f"DART-Vim-{size}@{budget}" for size in ("Ti", "S") for budget in (196, 392)),
+        "DART-RMT-S@196",
+        "DART-RMT-L6@196",
+        *(f"{family}-{size}" for family in ("DeiT", "ViT") for size in plain),
+    ]
     assert set(PUBLISHED_ACCURACY) <= set(names) and {name for pair in COMPARISONS for name in pair} <= set(names)
+
+
+@pytest.mark.parametrize("size", ["Ti", "Vim-Ti", "RMT-S"])
+def test_the_parts_make_the_whole(size):
+    model = Contestant("DART", size, 64, 9).build().eval()
+    images = torch.randn(2, 3, 64, 64)
+    parts = parts_of(model, images, Settings())
+    assert tuple(parts) == PARTS
+    with torch.inference_mode():
+        *_, logits = [run() for run in parts.values()]
+        torch.testing.assert_close(logits, model(images).logits)
 
 
 @pytest.mark.parametrize("size", ["Ti", "S", "B"])

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dart_hf import DartConfig, DartForImageClassification
+from dart_hf import (
+    DartConfig,
+    DartForImageClassification,
+    DartRmtConfig,
+    DartRmtForImageClassification,
+    DartVimConfig,
+    DartVimForImageClassification,
+)
 from dart_hf.optimization import layerwise_optimizer, parameter_groups
 
 LEARNING_RATE = 0.1
@@ -229,3 +236,42 @@ def test_an_optimizer_that_groups_for_itself_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args, model: (torch.optim.SGD, {"params": []}))
     with pytest.raises(ValueError, match="optim='sgd' groups the parameters itself"):
         train(tmp_path, optim="sgd")
+
+
+def test_the_depths_of_a_vision_mamba():
+    config = DartVimConfig(hidden_size=8, num_hidden_layers=2, scorer="conv", num_labels=3)
+    groups = grouped(DartVimForImageClassification(config))
+    assert groups["depth_0_no_decay"] >= {"dart_vim.cls_token", "dart_vim.tokenizer.position_embeddings"}
+    mixer = "dart_vim.layers.1.mixer"
+    assert f"{mixer}.in_proj.weight" in groups["depth_2"]
+    # Rates of decay are no weights of a layer.
+    assert {f"{mixer}.forward_scan.{name}" for name in ("A_log", "D")} <= groups["depth_2_no_decay"]
+    assert groups["depth_3"] == {"classifier.weight"}
+    assert groups["depth_3_no_decay"] == {"classifier.bias", "dart_vim.norm.weight"}
+
+
+def test_the_depths_of_stages():
+    """Each layer of each stage has its own, and the step down to the next stage that of the layer before it."""
+    stages = {
+        "hidden_sizes": (8, 16),
+        "depths": (2, 1),
+        "num_attention_heads": (1, 2),
+        "mlp_ratios": (2, 2),
+        "decay_starts": (2, 2),
+        "decay_ranges": (4, 4),
+        "chunkwise": (True, False),
+        "layer_scale": (False, True),
+    }
+    groups = grouped(DartRmtForImageClassification(DartRmtConfig(**stages, scorer="conv", num_labels=3)))
+    depths = {name: int(group.split("_")[1]) for group, names in groups.items() for name in names}
+    expected = {
+        "tokenizer.scorer.head.fc1": 0,
+        "stem.convolutions.3.conv": 0,
+        "stages.0.layers.0.mlp.fc1": 1,
+        "stages.0.layers.1.mlp.fc1": 2,
+        "stages.0.downsample.conv": 2,
+        "stages.1.layers.0.mlp.fc1": 3,
+        "pooler.projection": 4,
+    }
+    assert {name: depths[f"dart_rmt.{name}.weight"] for name in expected} == expected
+    assert "dart_rmt.stages.1.layers.0.layer_scale1" in groups["depth_3_no_decay"]

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import threading
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,21 +20,41 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf import DartConfig, DartImageProcessor
 from dart_hf.cli import app
 from dart_hf.conversion import original
 from dart_hf.conversion.original import VARIANTS, convert_checkpoint, convert_state_dict, read_checkpoint
+from dart_hf.modeling.configuration_dart import DartRmtConfig, DartVimConfig
 
 SCORER = "patch_embed.spn.spn.spn."
-VIT_VARIANTS = [name for name, variant in VARIANTS.items() if variant.encoder == "vit"]
+RMT_SCORER = "pre_image.spn.spn.spn."
+TOKEN_VARIANTS = [name for name in VARIANTS if name != "darmt-L6"]
+ONE_OF_EACH_ENCODER = pytest.mark.parametrize("variant", ["darvit-tiny", "darvim-tiny", "darmt-L6"])
+
+
+def stand_in_weights(variant: str) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in golden.original_state_dict(variant).items()}
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     """Stand-in weights of darvit-tiny by the authors' names. Copy before changing."""
-    return {name: torch.from_numpy(value) for name, value in golden.original_state_dict("darvit-tiny").items()}
+    return stand_in_weights("darvit-tiny")
+
+
+def hollow_weights(variant: str) -> dict[str, torch.Tensor]:
+    """Tensors of the right names and shapes that take no memory: zeros, but for those that the settings determine."""
+    return {
+        name: torch.tensor(spec["value"]) if "value" in spec else hollow(spec)
+        for name, spec in golden.manifest(variant)["tensors"].items()
+    }
+
+
+def hollow(spec: dict) -> torch.Tensor:
+    return torch.zeros((), dtype=getattr(torch, spec["dtype"])).expand(spec["shape"])
 
 
 def named(model: str) -> argparse.Namespace:
@@ -40,11 +62,11 @@ def named(model: str) -> argparse.Namespace:
 
 
 def num_patches(folder: Path) -> int:
-    return DartConfig.from_pretrained(folder).num_patches
+    return AutoConfig.from_pretrained(folder).num_patches
 
 
 def first_weight(folder: Path) -> torch.Tensor:
-    return DartForImageClassification.from_pretrained(folder).dart.cls_token.detach()
+    return AutoModelForImageClassification.from_pretrained(folder).base_model.cls_token.detach()
 
 
 def stops(
@@ -62,28 +84,119 @@ def stops(
 # What a converted checkpoint is
 
 
-def test_tiny_is_the_preset_with_the_published_normalisation_and_labels(converted):
-    config = DartConfig.from_pretrained(converted("darvit-tiny"))
-    preset = DartConfig.preset("tiny", score_normalization="batch")
+VIM_PLACES = {
+    "dart_vim.cls_token": "cls_token",
+    "dart_vim.tokenizer.projection.bias": "patch_embed.proj.bias",
+    "dart_vim.tokenizer.scorer.head.fc2.bias": f"{SCORER}mlp.net.2.bias",
+    "dart_vim.layers.7.norm.weight": "layers.7.norm.weight",
+    "dart_vim.layers.7.mixer.in_proj.weight": "layers.7.mixer.in_proj.weight",
+    "dart_vim.layers.23.mixer.out_proj.weight": "layers.23.mixer.out_proj.weight",
+    "dart_vim.layers.7.mixer.forward_scan.A_log": "layers.7.mixer.A_log",
+    "dart_vim.layers.7.mixer.forward_scan.D": "layers.7.mixer.D",
+    "dart_vim.layers.7.mixer.forward_scan.conv1d.bias": "layers.7.mixer.conv1d.bias",
+    "dart_vim.layers.7.mixer.forward_scan.x_proj.weight": "layers.7.mixer.x_proj.weight",
+    "dart_vim.layers.7.mixer.forward_scan.dt_proj.bias": "layers.7.mixer.dt_proj.bias",
+    "dart_vim.layers.7.mixer.backward_scan.A_log": "layers.7.mixer.A_b_log",
+    "dart_vim.layers.7.mixer.backward_scan.D": "layers.7.mixer.D_b",
+    "dart_vim.layers.7.mixer.backward_scan.conv1d.bias": "layers.7.mixer.conv1d_b.bias",
+    "dart_vim.layers.7.mixer.backward_scan.x_proj.weight": "layers.7.mixer.x_proj_b.weight",
+    "dart_vim.layers.7.mixer.backward_scan.dt_proj.bias": "layers.7.mixer.dt_proj_b.bias",
+    "dart_vim.norm.weight": "norm_f.weight",
+    "classifier.bias": "head.bias",
+}
+RMT_PLACES = {
+    "dart_rmt.tokenizer.scorer.head.fc2.weight": f"{RMT_SCORER}mlp.net.2.weight",
+    "dart_rmt.stem.convolutions.2.conv.bias": "patch_embed.proj.6.bias",
+    "dart_rmt.stem.convolutions.3.norm.bias": "patch_embed.proj.10.bias",
+    "dart_rmt.stages.1.layers.3.position_conv.bias": "layers.1.blocks.3.pos.conv.bias",
+    "dart_rmt.stages.1.layers.3.layernorm_before.weight": "layers.1.blocks.3.retention_layer_norm.weight",
+    "dart_rmt.stages.1.layers.3.retention.q_proj.bias": "layers.1.blocks.3.retention.q_proj.bias",
+    "dart_rmt.stages.1.layers.3.retention.k_proj.bias": "layers.1.blocks.3.retention.k_proj.bias",
+    "dart_rmt.stages.1.layers.3.retention.v_proj.bias": "layers.1.blocks.3.retention.v_proj.bias",
+    "dart_rmt.stages.1.layers.3.retention.local_conv.bias": "layers.1.blocks.3.retention.lepe.conv.bias",
+    "dart_rmt.stages.1.layers.3.retention.o_proj.bias": "layers.1.blocks.3.retention.out_proj.bias",
+    "dart_rmt.stages.1.layers.3.layernorm_after.weight": "layers.1.blocks.3.final_layer_norm.weight",
+    "dart_rmt.stages.1.layers.3.mlp.fc1.bias": "layers.1.blocks.3.ffn.fc1.bias",
+    "dart_rmt.stages.1.layers.3.mlp.conv.bias": "layers.1.blocks.3.ffn.dwconv.conv.bias",
+    "dart_rmt.stages.1.layers.3.mlp.fc2.bias": "layers.1.blocks.3.ffn.fc2.bias",
+    "dart_rmt.stages.2.layers.24.layer_scale1": "layers.2.blocks.24.gamma_1",
+    "dart_rmt.stages.2.layers.24.layer_scale2": "layers.2.blocks.24.gamma_2",
+    "dart_rmt.stages.1.downsample.conv.bias": "layers.1.downsample.reduction.bias",
+    "dart_rmt.stages.1.downsample.norm.running_var": "layers.1.downsample.norm.running_var",
+    "dart_rmt.pooler.projection.bias": "proj.bias",
+    "dart_rmt.pooler.norm.bias": "norm.bias",
+    "classifier.bias": "head.bias",
+}
+
+
+@pytest.mark.parametrize("variant", ["darvim-tiny", "darvim-tiny-ft2seq", "darvim-sm", "darvim-sm-ft2seq", "darmt-L6"])
+def test_saved_and_loaded_every_number_is_there_and_at_its_place(variant, stand_in, converted):
+    theirs, _ = read_checkpoint(stand_in(variant))
+    model, info = AutoModelForImageClassification.from_pretrained(converted(variant), output_loading_info=True)
+    assert not any(info.values())
+    ours = model.state_dict()
+
+    computed = {name for name in theirs if ".Relpos." in name}
+    added = {name for name in ours if ".scorer.statistics." in name or name.endswith(".scorer.trunk_loaded")}
+    assert extremes(theirs, without=computed) == extremes(ours, without=added)
+    places = RMT_PLACES if variant == "darmt-L6" else VIM_PLACES
+    assert not [
+        name for name, source in places.items() if not torch.equal(ours[name], theirs[source].view_as(ours[name]))
+    ]
+
+
+def extremes(tensors: dict[str, torch.Tensor], without: set[str]) -> list[tuple[int, float, float]]:
+    """How many numbers every tensor has, and the range that they span: the same whatever the names and the order."""
+    kept = [tensor for name, tensor in tensors.items() if name not in without]
+    return sorted((tensor.numel(), tensor.min().item(), tensor.max().item()) for tensor in kept)
+
+
+def test_vims_class_token_has_the_first_row_of_the_position_table(stand_in, converted):
+    theirs = read_checkpoint(stand_in("darvim-tiny"))[0]["pos_embed"][0]
+    model = AutoModelForImageClassification.from_pretrained(converted("darvim-tiny"))
+    ours = model.dart_vim.tokenizer.position_embeddings[0]
+    assert torch.equal(ours[0], theirs[98])
+    assert torch.equal(ours[1:99], theirs[:98]) and torch.equal(ours[99:], theirs[99:])
+
+
+@pytest.mark.parametrize(
+    ("variant", "published"),
+    [
+        ("darvit-tiny", DartConfig.preset("tiny")),
+        ("darvim-tiny", DartVimConfig.preset("tiny")),
+        ("darvim-tiny-ft2seq", DartVimConfig.preset("tiny", num_patches=392)),
+        ("darvim-sm", DartVimConfig.preset("small")),
+        ("darvim-sm-ft2seq", DartVimConfig.preset("small", num_patches=392)),
+        ("darmt-L6", DartRmtConfig.preset("L6", first_strip_edge=2)),
+    ],
+)
+def test_it_is_the_preset_with_the_published_normalisation_and_labels(variant, published, converted):
+    config = AutoConfig.from_pretrained(converted(variant))
+    model = VARIANTS[variant].encoder.model_class
+    assert type(config) is type(published)
+    assert config.architectures == [model.__name__]
     differs = {"architectures", "auto_map", "dtype", "id2label", "label2id", "transformers_version", "_name_or_path"}
-    ours, theirs = config.to_dict(), preset.to_dict()
-    assert {k: v for k, v in ours.items() if k not in differs} == {k: v for k, v in theirs.items() if k not in differs}
-    assert config.architectures == ["DartForImageClassification"]
+    expected = {**published.to_dict(), "score_normalization": "batch"}
+    assert {k: v for k, v in config.to_dict().items() if k not in differs} == {
+        k: v for k, v in expected.items() if k not in differs
+    }
 
 
-def test_labels_are_imagenet_in_words_and_distinct(converted):
-    config = DartConfig.from_pretrained(converted("darvit-tiny"))
+@ONE_OF_EACH_ENCODER
+def test_labels_are_imagenet_in_words_and_distinct(variant, converted):
+    config = AutoConfig.from_pretrained(converted(variant))
     assert config.num_labels == len(config.id2label) == len(config.label2id) == 1000
     assert config.id2label[0].startswith("tench") and config.id2label[999].startswith("toilet tissue")
     assert config.id2label[134].startswith("crane") and config.id2label[517].startswith("crane")
     assert all(config.label2id[label] == index for index, label in config.id2label.items())
 
 
-def test_the_scorer_is_alive_and_the_image_processor_is_saved(converted):
-    model = DartForImageClassification.from_pretrained(converted("darvit-tiny"))
+@ONE_OF_EACH_ENCODER
+def test_the_scorer_is_alive_and_the_image_processor_is_saved(variant, converted):
+    model = AutoModelForImageClassification.from_pretrained(converted(variant))
     assert model.scorer.trunk_loaded.item()
     assert not model.scorer.is_dead
-    assert DartImageProcessor.from_pretrained(converted("darvit-tiny")).crop_size["height"] == 448
+    assert DartImageProcessor.from_pretrained(converted(variant)).crop_size["height"] == 448
 
 
 def test_qkv_is_split_in_order(weights):
@@ -92,19 +205,24 @@ def test_qkv_is_split_in_order(weights):
     assert torch.equal(torch.cat(parts), weights["blocks.3.attn.qkv.weight"])
 
 
-def test_the_state_dict_is_complete_and_owns_its_memory(weights):
-    config, state = convert_state_dict(weights, "darvit-tiny")
-    DartForImageClassification(config).load_state_dict(state)
-    state["dart.cls_token"].zero_()
-    assert weights["cls_token"].any()
+@ONE_OF_EACH_ENCODER
+def test_the_state_dict_is_complete_and_owns_its_memory(variant):
+    weights = hollow_weights(variant)
+    config, state = convert_state_dict(weights, variant)
+    VARIANTS[variant].encoder.model_class(config).load_state_dict(state)
+    given = {tensor.untyped_storage().data_ptr() for tensor in weights.values()}
+    assert given.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in state.values())
 
 
-def test_a_fine_tuned_number_of_labels_is_read_without_imagenet_names(weights):
-    weights = {**weights, "head.weight": torch.ones(7, 192), "head.bias": torch.ones(7)}
-    config, state = convert_state_dict(weights, "darvit-tiny")
+@ONE_OF_EACH_ENCODER
+def test_a_fine_tuned_number_of_labels_is_read_without_imagenet_names(variant):
+    weights = hollow_weights(variant)
+    features = weights["head.weight"].shape[1]
+    weights |= {"head.weight": torch.ones(7, features), "head.bias": torch.ones(7)}
+    config, state = convert_state_dict(weights, variant)
     assert config.num_labels == 7
     assert config.id2label[0] == "LABEL_0"
-    assert state["classifier.weight"].shape == (7, 192)
+    assert torch.equal(state["classifier.weight"], torch.ones(7, features))
 
 
 # Which variant
@@ -129,8 +247,7 @@ def test_the_file_name_is_used_where_nothing_else_is_known(weights, tmp_path):
 def test_the_budget_is_never_guessed(weights, tmp_path):
     torch.save({"model": weights}, tmp_path / "best_darvit-tiny.pth")
     message = stops("variant", tmp_path / "best_darvit-tiny.pth", tmp_path)
-    assert all(name in message for name in VIT_VARIANTS)
-    assert "darvim" not in message
+    assert all(name in message for name in VARIANTS)
 
 
 def test_an_unknown_args_model_is_not_overruled_by_the_file_name(weights, tmp_path):
@@ -141,18 +258,69 @@ def test_an_unknown_args_model_is_not_overruled_by_the_file_name(weights, tmp_pa
 
 def test_an_unknown_variant_stops_with_the_list(stand_in, tmp_path):
     message = stops("'darvit-huge' is unknown", stand_in("darvit-tiny"), tmp_path, variant="darvit-huge")
-    assert all(name in message for name in VIT_VARIANTS)
+    assert all(name in message for name in VARIANTS)
 
 
 @pytest.mark.parametrize(
-    ("variant", "difference"),
+    ("file", "variant", "difference"),
     [
-        ("darvit-sm", "hidden_size=192.*'cls_token'.*instead of 384"),
-        ("darvit-tiny-v2", "scorer_head='v1'.*mlp.net.2.weight.*instead of 'v2'"),
+        ("darvit-tiny", "darvit-sm", "hidden_size=192.*'cls_token'.*instead of 384"),
+        ("darvit-tiny", "darvit-tiny-v2", "scorer_head='v1'.*mlp.net.2.weight.*instead of 'v2'"),
+        ("darvim-tiny", "darvim-sm", "hidden_size=192.*'cls_token'.*instead of 384"),
+        ("darvim-sm", "darvim-tiny-ft2seq", "time_step_rank=24.*'layers.0.mixer.dt_proj.weight'.*instead of 12"),
     ],
 )
-def test_a_variant_that_contradicts_the_tensors_stops(variant, difference, stand_in, tmp_path):
-    stops(f"not '{variant}'.*{difference}", stand_in("darvit-tiny"), tmp_path, variant=variant)
+def test_a_variant_that_contradicts_the_tensors_stops(file, variant, difference, stand_in, tmp_path):
+    stops(f"not '{variant}'.*{difference}", stand_in(file), tmp_path, variant=variant)
+
+
+@pytest.mark.parametrize(
+    ("file", "title", "variant"),
+    [
+        ("darvim-tiny", "DART-Vim", "darvit-tiny"),
+        ("darvit-tiny", "DART-DeiT", "darvim-tiny"),
+        ("darmt-L6", "DART-RMT", "darvit-sm"),
+        ("darvim-sm", "DART-Vim", "darmt-L6"),
+    ],
+)
+def test_a_variant_of_another_encoder_stops(file, title, variant, tmp_path):
+    torch.save({"model": hollow_weights(file)}, tmp_path / "file.pth")
+    message = f"not '{variant}', a DART-.* model: its tensors are those of a {title}"
+    stops(message, tmp_path / "file.pth", tmp_path, variant=variant)
+
+
+def without(*parts: str) -> Callable[[dict], dict]:
+    return lambda weights: {name: value for name, value in weights.items() if not any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        (without(".gamma_"), r"layer_scale=\[False, False, False, False\].*instead of \[False, False, True, True\]"),
+        (without("layers.2.blocks.24."), r"depths=\[4, 8, 24, 8\].*layers\.\*\.blocks.*instead of \[4, 8, 25, 8\]"),
+        (without("layers.3."), r"hidden_sizes=\[112, 224, 448\].*instead of \[112, 224, 448, 640\]"),
+        (
+            lambda weights: {**weights, "layers.0.Relpos.decay": torch.ones(8)},
+            r"num_attention_heads=\[8, 7, 14, 20\].*layers\.\*\.Relpos\.decay.*instead of",
+        ),
+        (
+            lambda weights: {**weights, "layers.3.blocks.0.ffn.fc1.weight": torch.ones(2560, 640)},
+            r"mlp_ratios=\[4, 4, 3, 4\].*layers\.\*\.blocks\.0\.ffn\.fc1\.weight.*instead of",
+        ),
+        (lambda weights: {**weights, "proj.weight": torch.ones(512, 640)}, "projection_size=512 .*instead of 1024"),
+    ],
+)
+def test_an_rmt_of_other_settings_stops(changed, difference):
+    with pytest.raises(ValueError, match=f"not 'darmt-L6': it has .*{difference}"):
+        convert_state_dict(changed(hollow_weights("darmt-L6")), "darmt-L6")
+
+
+@pytest.mark.parametrize("name", ["layers.0.Relpos.decay", "layers.3.Relpos.decay", "layers.1.Relpos.angle"])
+@pytest.mark.parametrize("changed", [lambda value: value * 1.001, lambda value: value.flip(0), lambda value: value / 0])
+def test_relative_positions_of_other_settings_stop(name, changed):
+    weights = hollow_weights("darmt-L6")
+    with pytest.raises(ValueError, match=f"{name}.*decay_ranges=\\[6, 6, 6, 6\\].*other settings"):
+        convert_state_dict({**weights, name: changed(weights[name])}, "darmt-L6")
 
 
 def test_a_file_name_that_contradicts_the_tensors_stops(weights, tmp_path):
@@ -160,22 +328,45 @@ def test_a_file_name_that_contradicts_the_tensors_stops(weights, tmp_path):
     stops("not 'darvit-sm'.*scorer='mobilenet_v3_small'", tmp_path / "darvit-sm.pth", tmp_path)
 
 
-@pytest.mark.parametrize(("variant", "title"), [("darvim-tiny", "DART-Vim"), ("darmt-L6", "DART-RMT")])
-def test_other_encoders_are_named_as_not_yet_supported(variant, title, stand_in, tmp_path):
-    stops(f"{variant}.*{title}.*not yet supported", stand_in("darvit-tiny"), tmp_path, variant=variant)
-    names = {"darvim-tiny": "layers.0.mixer.A_log", "darmt-L6": "layers.0.blocks.0.retention.q_proj.weight"}
-    torch.save({"model": {names[variant]: torch.ones(1)}}, tmp_path / "file.pth")
-    stops(f"{title}.*not yet supported", tmp_path / "file.pth", tmp_path, variant="darvit-tiny")
-    torch.save({"model": {names[variant]: torch.ones(1)}}, tmp_path / f"{variant}.pth")
-    stops(f"{title}.*not yet supported", tmp_path / f"{variant}.pth", tmp_path)
+@pytest.mark.parametrize("variant", TOKEN_VARIANTS)
+def test_the_variants_are_those_of_the_reference(variant):
+    manifest, config = golden.manifest(variant), VARIANTS[variant].config()
+    for setting in ("num_patches", "image_size", "scorer", "scorer_head"):
+        assert getattr(config, setting) == manifest[setting]
+    assert [1, 1, config.hidden_size] == manifest["tensors"]["cls_token"]["shape"]
 
 
-def test_the_variants_are_those_of_the_reference(weights):
-    for variant in VIT_VARIANTS:
-        manifest, config = golden.manifest(variant), VARIANTS[variant].config()
-        for setting in ("num_patches", "image_size", "scorer", "scorer_head"):
-            assert getattr(config, setting) == manifest[setting]
-        assert [1, 1, config.hidden_size] == manifest["tensors"]["cls_token"]["shape"]
+def test_the_rmt_is_that_of_the_reference():
+    manifest, config = golden.manifest("darmt-L6"), VARIANTS["darmt-L6"].config()
+    names = {
+        **{name: name for name in ("image_size", "scorer", "scorer_head", "depths", "mlp_ratios")},
+        **{name: name for name in ("drop_path_rate", "chunkwise", "layer_scale")},
+        "hidden_sizes": "embed_dims",
+        "num_attention_heads": "num_heads",
+        "decay_starts": "init_values",
+        "decay_ranges": "heads_ranges",
+        "layer_scale_init_value": "layer_scale_init",
+        "projection_size": "projection_dim",
+    }
+    assert {ours: getattr(config, ours) for ours in names} == {ours: manifest[name] for ours, name in names.items()}
+    assert (config.partition, config.num_patches, config.first_strip_edge) == ("grid", 14 * 14, 2)
+
+
+def test_the_training_script_calls_them_so():
+    assert {name: variant.args_model for name, variant in VARIANTS.items()} == {
+        "darvit-tiny": "darvit_tiny",
+        "darvit-tiny-v2": "darvit_tiny_v2",
+        "darvit-tiny-ft121p": "darvit_tiny_121p",
+        "darvit-sm": "darvit_sm",
+        "darvit-sm-ft144p": "darvit_sm_144p",
+        "darvit-sm-ft288p": "darvit_sm_288p",
+        "darvit-sm-ft392p": "darvit_sm_392p",
+        "darvim-tiny": "darvim_tiny",
+        "darvim-tiny-ft2seq": "darvim_tiny_2seq",
+        "darvim-sm": "darvim_sm",
+        "darvim-sm-ft2seq": "darvim_sm_2seq",
+        "darmt-L6": "DARMT_L6",
+    }
 
 
 # What a file may be
@@ -195,9 +386,13 @@ def test_bare_state_dict_and_legacy_pickles(weights, tmp_path, legacy):
     assert torch.equal(first_weight(convert_checkpoint(file, tmp_path / "output")), weights["cls_token"])
 
 
-def test_ema_takes_the_averaged_weights(weights, tmp_path):
+@pytest.mark.parametrize("variant", ["darvit-tiny", "darvim-tiny"])
+def test_ema_takes_the_averaged_weights(variant, tmp_path):
+    weights = hollow_weights(variant)
     averaged = {**weights, "cls_token": weights["cls_token"] + 1}
-    torch.save({"model": weights, "model_ema": averaged, "args": named("darvit_tiny")}, tmp_path / "file.pth")
+    torch.save(
+        {"model": weights, "model_ema": averaged, "args": named(VARIANTS[variant].args_model)}, tmp_path / "file.pth"
+    )
     assert torch.equal(first_weight(convert_checkpoint(tmp_path / "file.pth", tmp_path / "a")), weights["cls_token"])
     folder = convert_checkpoint(tmp_path / "file.pth", tmp_path / "b", ema=True)
     assert torch.equal(first_weight(folder), averaged["cls_token"])
@@ -332,63 +527,96 @@ def test_files_without_a_model_stop(content, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("variant", "name"),
     [
-        "cls_token",
-        "pos_embed",
-        "patch_embed.proj.bias",
-        f"{SCORER}features.4.block.1.0.weight",
-        f"{SCORER}features.0.1.num_batches_tracked",
-        f"{SCORER}mlp.net.2.weight",
-        "blocks.0.mlp.fc1.weight",
-        "blocks.11.attn.qkv.bias",
-        "norm.weight",
-        "head.weight",
-        "head.bias",
+        ("darvit-tiny", "cls_token"),
+        ("darvit-tiny", "pos_embed"),
+        ("darvit-tiny", "patch_embed.proj.bias"),
+        ("darvit-tiny", f"{SCORER}features.4.block.1.0.weight"),
+        ("darvit-tiny", f"{SCORER}features.0.1.num_batches_tracked"),
+        ("darvit-tiny", f"{SCORER}mlp.net.2.weight"),
+        ("darvit-tiny", "blocks.0.mlp.fc1.weight"),
+        ("darvit-tiny", "blocks.11.attn.qkv.bias"),
+        ("darvit-tiny", "norm.weight"),
+        ("darvit-tiny", "head.weight"),
+        ("darvit-tiny", "head.bias"),
+        ("darvim-tiny", "pos_embed"),
+        ("darvim-tiny", f"{SCORER}features.12.0.weight"),
+        ("darvim-tiny", "layers.0.mixer.A_log"),
+        ("darvim-tiny", "layers.0.mixer.conv1d.weight"),
+        ("darvim-tiny", "layers.5.mixer.A_b_log"),
+        ("darvim-tiny", "layers.5.mixer.D_b"),
+        ("darvim-tiny", "layers.5.mixer.x_proj_b.weight"),
+        ("darvim-tiny", "layers.23.norm.weight"),
+        ("darvim-tiny", "head.weight"),
+        ("darmt-L6", "patch_embed.proj.9.weight"),
+        ("darmt-L6", f"{RMT_SCORER}features.8.0.weight"),
+        ("darmt-L6", "layers.0.Relpos.angle"),
+        ("darmt-L6", "layers.0.blocks.0.pos.conv.weight"),
+        ("darmt-L6", "layers.1.blocks.7.ffn.dwconv.conv.bias"),
+        ("darmt-L6", "layers.2.blocks.0.gamma_1"),
+        ("darmt-L6", "layers.3.blocks.7.retention.lepe.conv.weight"),
+        ("darmt-L6", "proj.weight"),
+        ("darmt-L6", "head.weight"),
     ],
 )
 class TestTensors:
     """One tensor of the checkpoint is not as it should be: the message has its original name, nothing is written."""
 
     @staticmethod
-    def stops(weights: dict[str, torch.Tensor], name: str, folder: Path) -> None:
-        torch.save({"model": weights, "args": named("darvit_tiny")}, folder / "file.pth")
-        stops(re.escape(name), folder / "file.pth", folder)
+    def stops(variant: str, weights: dict[str, torch.Tensor], name: str, folder: Path) -> None:
+        torch.save({"model": weights, "args": named(VARIANTS[variant].args_model)}, folder / "file.pth")
+        stops(rf"{re.escape(name)}\b", folder / "file.pth", folder)
 
-    def test_missing(self, name, weights, tmp_path):
-        self.stops({key: value for key, value in weights.items() if key != name}, name, tmp_path)
+    def test_missing(self, variant, name, tmp_path):
+        weights = hollow_weights(variant)
+        self.stops(variant, {key: value for key, value in weights.items() if key != name}, name, tmp_path)
 
-    def test_renamed(self, name, weights, tmp_path):
-        renamed = {(f"{key}_2" if key == name else key): value for key, value in weights.items()}
-        self.stops(renamed, name, tmp_path)
+    def test_renamed(self, variant, name, tmp_path):
+        renamed = {(f"{key}_2" if key == name else key): value for key, value in hollow_weights(variant).items()}
+        self.stops(variant, renamed, name, tmp_path)
 
-    def test_with_a_dimension_more(self, name, weights, tmp_path):
-        self.stops({**weights, name: weights[name][None]}, name, tmp_path)
+    def test_with_a_dimension_more(self, variant, name, tmp_path):
+        weights = hollow_weights(variant)
+        self.stops(variant, {**weights, name: weights[name][None]}, name, tmp_path)
 
-    def test_of_another_size(self, name, weights, tmp_path):
+    def test_of_another_size(self, variant, name, tmp_path):
+        weights = hollow_weights(variant)
         value = weights[name]
         other = torch.cat([value, value[:1]]) if value.ndim else torch.zeros(2, dtype=value.dtype)
         if name == "head.weight":
             name = "head.bias"
-        self.stops({**weights, name: other}, name, tmp_path)
+        self.stops(variant, {**weights, name: other}, name, tmp_path)
 
 
-def test_extra_tensors_stop(weights, tmp_path):
-    extra = {f"blocks.3.extra_{index}": torch.ones(1) for index in range(5)}
-    with pytest.raises(ValueError, match=r"unexpected blocks.3.extra_0, .* and 2 more"):
-        convert_state_dict({**weights, **extra}, "darvit-tiny")
+@pytest.mark.parametrize(
+    ("variant", "prefix"),
+    [
+        ("darvit-tiny", "blocks.3.extra"),
+        ("darvim-tiny", "layers.3.mixer.extra"),
+        ("darmt-L6", "layers.3.blocks.7.extra"),
+        ("darmt-L6", "layers.4.Relpos.decay"),
+    ],
+)
+def test_extra_tensors_stop(variant, prefix):
+    extra = {f"{prefix}_{index}": torch.ones(1) for index in range(5)}
+    with pytest.raises(ValueError, match=rf"unexpected {prefix}_0, .* and 2 more"):
+        convert_state_dict({**hollow_weights(variant), **extra}, variant)
 
 
-def test_a_whole_missing_block_stops(weights):
-    shallow = {name: value for name, value in weights.items() if not name.startswith("blocks.11.")}
-    with pytest.raises(ValueError, match=r"num_hidden_layers=11.*instead of 12"):
-        convert_state_dict(shallow, "darvit-tiny")
+@pytest.mark.parametrize(
+    ("variant", "last", "number"), [("darvit-tiny", "blocks.11.", 12), ("darvim-tiny", "layers.23.", 24)]
+)
+def test_a_whole_missing_block_stops(variant, last, number):
+    with pytest.raises(ValueError, match=rf"num_hidden_layers={number - 1}.*instead of {number}"):
+        convert_state_dict(without(last)(hollow_weights(variant)), variant)
 
 
-def test_an_unknown_trunk_stops(weights):
-    renamed = {name.replace(".block.", ".layer."): value for name, value in weights.items()}
+@ONE_OF_EACH_ENCODER
+def test_an_unknown_trunk_stops(variant):
+    renamed = {name.replace(".block.", ".layer."): value for name, value in hollow_weights(variant).items()}
     with pytest.raises(ValueError, match="none of the trunks mobilenet_v3_small"):
-        convert_state_dict(renamed, "darvit-tiny")
+        convert_state_dict(renamed, variant)
 
 
 # The command line
@@ -448,7 +676,7 @@ def test_missing_files_and_folders_stop(tmp_path, monkeypatch):
 
 def test_a_hub_repository_needs_a_variant(tmp_path):
     message = stops("variant.*yinkx3/DART", "yinkx3/DART", tmp_path)
-    assert all(name in message for name in VIT_VARIANTS)
+    assert all(name in message for name in VARIANTS)
 
 
 def test_a_hub_repository_offline_stops(tmp_path, monkeypatch):
@@ -468,43 +696,43 @@ CONVERT_FROM_HUB = """
 import sys
 from dart_hf.conversion.original import convert_checkpoint
 
-for repository, variant in zip(("yinkx3/DART", "yinkx3/DART", "no/body"), sys.argv[2:]):
+for number, checkpoint in enumerate(sys.argv[2:]):
+    repository, variant = checkpoint.split(":")
     try:
-        print("written", convert_checkpoint(repository, sys.argv[1], variant=variant))
+        print("written", convert_checkpoint(repository, f"{sys.argv[1]}/{number}", variant=variant))
     except OSError as error:
         print("stopped", error)
-    sys.argv[1] += "-2"
 """
 
 
 def test_download_from_the_hub(stand_in, tmp_path):
     """huggingface_hub as it is, against a server that answers like the Hub."""
-    variant = "darvit-tiny-ft121p"
-    content = stand_in(variant).read_bytes()
+    variants = {"darvit-tiny-ft121p": 121, "darvim-tiny-ft2seq": 392}
+    files = {f"/yinkx3/DART/resolve/main/{variant}.pth": stand_in(variant).read_bytes() for variant in variants}
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
-            found = self.path == f"/yinkx3/DART/resolve/main/{variant}.pth"
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Length", str(len(content) if found else 0))
-            self.send_header("ETag", '"1234"')
+            content = files.get(self.path)
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.send_header("ETag", f'"{zlib.crc32(content or b"")}"')
             self.send_header("X-Repo-Commit", "a" * 40)
-            if not found:
+            if content is None:
                 self.send_header("X-Error-Code", "EntryNotFound" if "yinkx3" in self.path else "RepoNotFound")
             self.end_headers()
-            return found
+            return content
 
         def do_GET(self):
-            if self.do_HEAD():
-                self.wfile.write(content)
+            self.wfile.write(self.do_HEAD() or b"")
 
         def log_message(self, *args):
             pass
 
+    checkpoints = [*(f"yinkx3/DART:{variant}" for variant in variants), "yinkx3/DART:darvit-sm", "no/body:darvit-sm"]
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         run = subprocess.run(
-            [sys.executable, "-c", CONVERT_FROM_HUB, str(tmp_path / "output"), variant, "darvit-sm", "darvit-sm"],
+            [sys.executable, "-c", CONVERT_FROM_HUB, str(tmp_path), *checkpoints],
             env={
                 **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
                 "HF_HUB_OFFLINE": "0",
@@ -516,8 +744,8 @@ def test_download_from_the_hub(stand_in, tmp_path):
             timeout=300,
         )
         server.shutdown()
-    written, no_file, no_repository = run.stdout.splitlines() or [run.stderr] * 3
-    assert written == f"written {tmp_path / 'output'}"
-    assert num_patches(tmp_path / "output") == 121
+    *written, no_file, no_repository = run.stdout.splitlines() or [run.stderr] * 4
+    assert written == [f"written {tmp_path / number}" for number in "01"]
+    assert [num_patches(tmp_path / number) for number in "01"] == list(variants.values())
     assert no_file.startswith("stopped") and "darvit-sm.pth" in no_file and "has no such file" in no_file
     assert no_repository.startswith("stopped") and "no such repository" in no_repository

@@ -1,0 +1,217 @@
+"""DART with a Vision Mamba encoder (Vim, arXiv 2401.09417)."""
+
+import math
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.functional import conv2d, linear, silu, softplus
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_dart import DartVimConfig
+from .modeling_dart_base import DartModelOutput, ImageClassifierMixin, RegionPreTrainedModel, drop_path_rates
+
+# Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
+from .region_partition import Regions  # noqa: F401
+from .region_sampling import sample_regions  # noqa: F401
+from .region_scorer import RegionScorer  # noqa: F401
+from .region_tokenizer import RegionTokenizer
+from .scorer_trunk import build_trunk  # noqa: F401
+from .selective_scan import selective_scan
+
+
+class DartVimConvolution(nn.Conv1d):
+    """Each token and the few before it in the direction of the scan, channel by channel: (B, L, E) -> (B, L, E)."""
+
+    def __init__(self, num_channels: int, kernel_size: int, backwards: bool) -> None:
+        super().__init__(num_channels, num_channels, kernel_size, groups=num_channels)
+        self.backwards = backwards
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        reach, length = self.kernel_size[0] - 1, x.shape[1]
+        weight, first = (self.weight.flip(-1), reach) if self.backwards else (self.weight, 0)
+        # As an image one pixel high with its channels side by side in memory, which is read as it is.
+        image = x.transpose(1, 2)[:, :, None]
+        convolved = conv2d(image, weight[:, :, None], self.bias, padding=(0, reach), groups=self.groups)
+        return convolved[:, :, 0, first : first + length].transpose(1, 2)
+
+
+class DartVimTimeSteps(nn.Linear):
+    """Time steps of each channel: (B, L, rank) -> Δ (B, L, E), in float32 at least.
+
+    With the rates of decay they decide how far back a state remembers, which half precision would blur.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        delta = linear(x, self.weight)
+        precise = torch.promote_types(delta.dtype, torch.float32)
+        return softplus(delta.to(precise) + self.bias.to(precise))
+
+
+class DartVimScan(nn.Module):
+    """A Mamba layer's path through the tokens in one direction: convolution, selective scan. (B, L, E) -> (B, L, E)."""
+
+    def __init__(self, config: DartVimConfig, backwards: bool) -> None:
+        super().__init__()
+        self.backwards = backwards
+        channels, rank = config.expand * config.hidden_size, config.time_step_rank
+        self.sizes = (rank, config.state_size, config.state_size)
+        self.conv1d = DartVimConvolution(channels, config.conv_kernel, backwards)
+        self.x_proj = nn.Linear(channels, sum(self.sizes), bias=False)
+        self.dt_proj = DartVimTimeSteps(rank, channels)
+        # The published names of the rates of decay, in logarithms, and of the skip connection.
+        self.A_log = nn.Parameter(torch.zeros(channels, config.state_size))
+        self.D = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = silu(self.conv1d(x))
+        steps, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        delta = self.dt_proj(steps)
+        with maybe_autocast(x.device.type, enabled=False):
+            y = selective_scan(x, delta, -self.A_log.to(delta.dtype).exp(), B, C, self.backwards)
+            return torch.addcmul(y, x, self.D.to(x.dtype))
+
+
+class DartVimMixer(nn.Module):
+    """Bidirectional Mamba: what both directions find in the same projection, gated. (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: DartVimConfig) -> None:
+        super().__init__()
+        channels = config.expand * config.hidden_size
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=False)
+        self.forward_scan = DartVimScan(config, backwards=False)
+        self.backward_scan = DartVimScan(config, backwards=True)
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        y = self.forward_scan(x) + self.backward_scan(x)
+        return self.out_proj(y * silu(gate)) / 2
+
+
+class DartVimLayer(GradientCheckpointingLayer):
+    """Pre-norm block with stochastic depth. (B, L, D) -> (B, L, D), in float32 at least."""
+
+    def __init__(self, config: DartVimConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = DartVimMixer(config)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, residual: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = self.norm(residual.to(self.norm.weight.dtype))
+        return residual + self.drop_path(self.mixer(hidden_states))
+
+
+class DartVimPreTrainedModel(RegionPreTrainedModel):
+    """Weights and loading of the models below."""
+
+    config: DartVimConfig
+    config_class = DartVimConfig
+    base_model_prefix = "dart_vim"
+    # The scorer has a unit of its own under FSDP, where a unit has one precision.
+    _no_split_modules = ["RegionTokenizer", "RegionScorer", "DartVimLayer"]
+    _can_record_outputs = {"hidden_states": DartVimLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, DartVimModel):
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+        elif isinstance(module, DartVimScan):
+            self._init_scan(module)
+        elif isinstance(module, DartVimMixer):
+            # As many layers add to the residual stream.
+            init.trunc_normal_(
+                module.out_proj.weight, std=self.config.initializer_range / math.sqrt(self.config.num_hidden_layers)
+            )
+        else:
+            super()._init_weights(module)
+
+    def _init_scan(self, scan: DartVimScan) -> None:
+        """As in Mamba: rates of decay 1, 2, 3…, and time steps spread evenly over the logarithms of their range."""
+        config = self.config
+        states = torch.arange(1, config.state_size + 1, device=scan.A_log.device, dtype=torch.float32)
+        init.copy_(scan.A_log, states.log().expand_as(scan.A_log))
+        init.ones_(scan.D)
+        bound = config.time_step_rank**-0.5
+        init.uniform_(scan.dt_proj.weight, -bound, bound)
+        logarithms = torch.empty_like(scan.dt_proj.bias, dtype=torch.float32)
+        logarithms.uniform_(math.log(config.time_step_min), math.log(config.time_step_max))
+        steps = logarithms.exp()
+        # The inverse of softplus.
+        init.copy_(scan.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))
+
+
+class DartVimModel(DartVimPreTrainedModel):
+    """The region tokenizer and a Vision Mamba encoder, without a head."""
+
+    def __init__(self, config: DartVimConfig) -> None:
+        super().__init__(config)
+        self.tokenizer = RegionTokenizer(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.layers = nn.ModuleList(
+            DartVimLayer(config, rate) for rate in drop_path_rates(config.drop_path_rate, config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_patches: int | None = None,
+        output_regions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> DartModelOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
+            num_patches: Token budget N of this call; `config.num_patches` without it.
+            output_regions: Whether to return where the tokens are.
+
+        Returns:
+            `last_hidden_state` (B, N + 1, D): the regions in their order, and the class token in the middle, at place
+            ⌊N/2⌋. `pooler_output` (B, D), the normalised class token; `regions` on request.
+
+        Raises:
+            ValueError: See [`RegionPartitioner.check`].
+        """
+        tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
+        hidden_states = self.encode(tokens, class_position, **kwargs)
+        return DartModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, tokens.shape[1] // 2],
+            regions=regions if output_regions else None,
+        )
+
+    def encode(
+        self, tokens: torch.Tensor, class_position: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, N + 1, D)."""
+        middle = tokens.shape[1] // 2
+        class_token = self.cls_token.to(class_position.device) + class_position
+        class_token = class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        residual = torch.cat([tokens[:, :middle], class_token, tokens[:, middle:]], dim=1)
+        # The sum over all layers would lose what each of them adds in half precision.
+        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        for layer in self.layers:
+            residual = layer(residual, **kwargs)
+        return self.norm(residual.to(self.norm.weight.dtype))
+
+
+class DartVimForImageClassification(ImageClassifierMixin, DartVimPreTrainedModel):
+    """DART-Vim with a linear classifier on the class token."""
+
+    def __init__(self, config: DartVimConfig) -> None:
+        super().__init__(config, DartVimModel(config), config.hidden_size)
+        self.post_init()
+
+
+__all__ = ["DartVimForImageClassification", "DartVimModel", "DartVimPreTrainedModel"]

@@ -1,0 +1,292 @@
+"""Selective scan: the recurrence at the heart of Mamba, many tokens at a time.
+
+For every channel e and state s of a sequence, with x, Δ (L, E), A (E, S) and B, C (L, S):
+
+    h_t = exp(Δ_t A) h_(t-1) + Δ_t x_t B_t        y_t = Σ_s C_t h_t
+
+(Mamba, arXiv 2312.00752.) A sequence is cut into chunks. They take their first step at once, then their second…, each
+as if nothing were before it; then every chunk is given what those before it left. All factors are decays of at most 1,
+so nothing overflows.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Whether mamba_ssm's CUDA kernel computes what it can, where it is installed.
+USE_CUDA_KERNEL = True
+# How many numbers of a state (images × tokens × states × channels) are computed at once: few enough to stay in a CPU's
+# cache, enough to fill a GPU.
+CPU_BLOCK = 2**20
+GPU_BLOCK = 2**26
+
+
+def selective_scan(
+    x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
+) -> torch.Tensor:
+    """Scan sequences, in float32 at least.
+
+    Time and memory grow linearly with L. The states, S times as large as x, are not kept for the gradient but computed
+    again.
+
+    Args:
+        x: (batch, L, E), the values.
+        delta: (batch, L, E), the time steps Δ, at least 0.
+        A: (E, S), the rates of decay, at most 0.
+        B, C: (batch, L, S), what goes into the states and what is read from them.
+        backwards: Whether from the last token to the first.
+
+    Returns:
+        y (batch, L, E), dtype of `x`.
+    """
+    sequences = [tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, delta, B, C)]
+    A = A.to(sequences[0].dtype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _scan_in_graph(*sequences, _rates(A), backwards).to(x.dtype)
+    if x.is_cuda and A.dtype == torch.float32 and USE_CUDA_KERNEL and cuda_kernel() is not None:
+        return _scan_by_kernel(cuda_kernel(), *sequences, A, backwards).to(x.dtype)
+    return _BlockwiseScan.apply(*sequences, _rates(A), backwards).to(x.dtype)
+
+
+@functools.cache
+def cuda_kernel() -> Callable | None:
+    """mamba_ssm's `selective_scan_fn`: from that package, or else from the Hub by the package `kernels`; or None."""
+    try:
+        return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except (ImportError, OSError):
+        pass
+    try:
+        kernels = importlib.import_module("kernels")
+    except ImportError:
+        return None
+    try:
+        return kernels.get_kernel("kernels-community/mamba-ssm", version=1).selective_scan_fn
+    except Exception as error:
+        # Whatever keeps a kernel of somebody else's from loading here, there is another way.
+        logger.warning(f"The CUDA kernel kernels-community/mamba-ssm cannot be used, PyTorch takes its place: {error}")
+        return None
+
+
+def _scan_by_kernel(
+    kernel: Callable,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    A: torch.Tensor,
+    backwards: bool,
+) -> torch.Tensor:
+    """The scan by mamba_ssm's kernel, which reads sequences channel by channel and forwards."""
+    if backwards:
+        return _scan_by_kernel(kernel, *(tensor.flip(1) for tensor in (x, delta, B, C)), A, False).flip(1)
+    x, delta, B, C = (tensor.transpose(1, 2).contiguous() for tensor in (x, delta, B, C))
+    return kernel(x, delta, A, B, C).transpose(1, 2)
+
+
+def _rates(A: torch.Tensor) -> torch.Tensor:
+    """Rates of decay (E, S) -> (S, E), to the base 2: exp2 takes a fraction of exp's time on a CPU."""
+    return (A * math.log2(math.e)).t().contiguous()
+
+
+def _scan_in_graph(
+    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
+) -> torch.Tensor:
+    """The scan with a new tensor for each result, for compilers and exporters: √L chunks of √L tokens."""
+    length = x.shape[1]
+    # Not `isqrt`, which torch.compile has not for a length that differs from call to call.
+    num_steps = math.ceil(math.sqrt(length))
+    sequences = (
+        pad(sequence, (0, 0, 0, -length % num_steps)).unflatten(1, (-1, num_steps)).unbind(2)
+        for sequence in (delta, delta * x, B, C)
+    )
+    direction = -1 if backwards else 1
+    steps = list(zip(*sequences, strict=True))[::direction]
+    decays, states = [], []
+    for delta_t, input_t, B_t, _ in steps:
+        decay = torch.exp2(delta_t[..., None, :] * rates)
+        state = input_t[..., None, :] * B_t[..., None]
+        states.append(torch.addcmul(state, decay, states[-1]) if states else state)
+        decays.append(decays[-1] * decay if decays else decay)
+
+    left = [torch.zeros_like(states[-1][:, 0])]
+    for decay, state in list(zip(decays[-1].unbind(1), states[-1].unbind(1), strict=True))[::direction][:-1]:
+        left.append(torch.addcmul(state, decay, left[-1]))
+    before = torch.stack(left[::direction], dim=1)
+    y = [
+        C_t[..., None, :] @ torch.addcmul(state, decay, before)
+        for (*_, C_t), state, decay in zip(steps, states, decays, strict=True)
+    ]
+    return torch.cat(y[::direction], dim=2).flatten(1, 2)[:, :length]
+
+
+class _Sizes(NamedTuple):
+    """How the work is cut: into groups of images, and segments of K chunks of T tokens."""
+
+    images: int
+    segments: int
+    chunks: int
+    steps: int
+
+    @classmethod
+    def choose(cls, x: torch.Tensor, num_states: int) -> "_Sizes":
+        """For x (batch, L, E)."""
+        block = GPU_BLOCK if x.is_cuda else CPU_BLOCK
+        batch, length, channels = x.shape
+        # A block of fewer tokens of more images would be one step after the other.
+        images = min(batch, max(1, block // (16 * num_states * channels)))
+        states = images * num_states * channels
+        tokens = min(length, max(4, block // states))
+        chunks = math.isqrt(tokens - 1) + 1
+        segments = math.ceil(length / tokens)
+        return cls(images, segments, chunks, math.ceil(length / (segments * chunks)))
+
+    def segmented(self, sequence: torch.Tensor) -> torch.Tensor:
+        """(batch, L, F) -> (batch, segments, K, T, F), with zeros behind the last token."""
+        missing = self.segments * self.chunks * self.steps - sequence.shape[1]
+        return pad(sequence, (0, 0, 0, missing)).unflatten(1, (self.segments, self.chunks, self.steps))
+
+
+class _BlockwiseScan(torch.autograd.Function):
+    """The scan in place, segment by segment, in memory that all of them share."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        rates: torch.Tensor,
+        backwards: bool,
+    ) -> torch.Tensor:
+        sizes = _Sizes.choose(x, rates.shape[0])
+        inputs, deltas, weights, readings = map(sizes.segmented, (delta * x, delta, B, C))
+        y = torch.empty_like(inputs)
+        # What each segment begins with.
+        starts = x.new_zeros(x.shape[0], sizes.segments, *rates.shape)
+        block = _Block()
+        order = range(sizes.segments)[:: -1 if backwards else 1]
+        for first in range(0, x.shape[0], sizes.images):
+            images = slice(first, first + sizes.images)
+            for segment, following in zip(order, [*order[1:], None], strict=True):
+                at = (images, segment)
+                h = block.states(deltas[at], inputs[at], weights[at], rates, starts[at], backwards)
+                torch.matmul(readings[at][..., None, :], h, out=y[at][..., None, :])
+                if following is not None:
+                    starts[images, following] = block.end(backwards)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, delta, B, C, rates, starts)
+            ctx.sizes, ctx.backwards = sizes, backwards
+        return y.flatten(1, 3)[:, : x.shape[1]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, delta, B, C, rates, starts = ctx.saved_tensors
+        sizes, backwards = ctx.sizes, ctx.backwards
+        # The states' gradient is itself a scan, in the other direction, in which a token decays by the time step of the
+        # one that the first scan went to next.
+        next_delta = pad(delta, (0, 0, 1, 0))[:, :-1] if backwards else pad(delta, (0, 0, 0, 1))[:, 1:]
+        sequences = (delta * x, delta, next_delta, B, C, grad_y)
+        inputs, deltas, next_deltas, weights, readings, grad_y = map(sizes.segmented, sequences)
+        grad_inputs, grad_delta = torch.empty_like(inputs), torch.empty_like(deltas)
+        grad_B, grad_C, grad_rates = torch.empty_like(weights), torch.empty_like(readings), torch.zeros_like(rates)
+        block, gradients = _Block(), _Block()
+        for first in range(0, x.shape[0], sizes.images):
+            images = slice(first, first + sizes.images)
+            start = torch.zeros_like(starts[images, 0])
+            for segment in range(sizes.segments)[:: 1 if backwards else -1]:
+                at = (images, segment)
+                h = block.states(deltas[at], inputs[at], weights[at], rates, starts[at], backwards)
+                grad_h = gradients.states(next_deltas[at], grad_y[at], readings[at], rates, start, not backwards)
+                start = gradients.end(not backwards).clone()
+                # With `out`, which autocast leaves alone: whoever calls `backward` under it gets float32 too.
+                torch.matmul(h, grad_y[at][..., None], out=grad_C[at][..., None])
+                torch.matmul(grad_h, inputs[at][..., None], out=grad_B[at][..., None])
+                torch.matmul(weights[at][..., None, :], grad_h, out=grad_inputs[at][..., None, :])
+                # What is left in a state of the one before it, times the gradient: the gradient of the exponent. As a
+                # product, because the difference of state and input has lost it where the time step is large.
+                decays = torch.mul(deltas[at][..., None, :], rates, out=block.decays).exp2_()
+                grad_exponent = block.times_before(decays, starts[at], backwards).mul_(grad_h)
+                grad_rates += torch.mul(grad_exponent, deltas[at][..., None, :], out=grad_h).sum((0, 1, 2))
+                grad_delta[at] = grad_exponent.mul_(rates).sum(-2)
+        sequences = (each.flatten(1, 3)[:, : x.shape[1]] for each in (grad_inputs, grad_delta, grad_B, grad_C))
+        grad_inputs, grad_delta, grad_B, grad_C = sequences
+        # The base of the exponent is 2.
+        grad_delta = grad_delta * math.log(2) + grad_inputs * x
+        return grad_inputs * delta, grad_delta, grad_B, grad_C, grad_rates * math.log(2), None
+
+
+class _Block:
+    """Computes the states of one segment after the other in the same memory."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def states(
+        self,
+        delta: torch.Tensor,
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        rates: torch.Tensor,
+        start: torch.Tensor,
+        backwards: bool,
+    ) -> torch.Tensor:
+        """h_t = 2^(Δ_t rates) h_(t-1) + inputs_t weights_t, or with h_(t+1).
+
+        Args:
+            delta, inputs: (images, K, T, E).
+            weights: (images, K, T, S).
+            rates: (S, E).
+            start: (images, S, E), what is before the first of these tokens, or behind the last.
+            backwards: Whether from the last token to the first.
+
+        Returns:
+            (images, K, T, S, E), until the next call.
+        """
+        shape = (*delta.shape[:3], *rates.shape)
+        if self.memory.shape != shape:
+            self._allocate(delta.new_empty(shape), delta.new_empty(shape))
+        torch.mul(delta[..., None, :], rates, out=self.decays).exp2_()
+        torch.mul(inputs[..., None, :], weights[..., None], out=self.memory)
+
+        direction, first, last = (-1, -1, 0) if backwards else (1, 0, -1)
+        self.memory[:, first, first].addcmul_(self.decays[:, first, first], start)
+        for (decay_before, before), (decay, state) in pairwise(self.steps[::direction]):
+            state.addcmul_(decay, before)
+            # From here on the decay since the chunk began.
+            decay.mul_(decay_before)
+        for (_, before), (decay, states) in pairwise(self.chunks[::direction]):
+            states.addcmul_(decay, before[:, last, None])
+        return self.memory
+
+    def times_before(self, factors: torch.Tensor, start: torch.Tensor, backwards: bool) -> torch.Tensor:
+        """Multiply factors (images, K, T, S, E) in place by the state before each of the present ones."""
+        flat, states = factors.flatten(1, 2), self.memory.flatten(1, 2)
+        if backwards:
+            flat[:, :-1].mul_(states[:, 1:])
+            flat[:, -1].mul_(start)
+        else:
+            flat[:, 1:].mul_(states[:, :-1])
+            flat[:, 0].mul_(start)
+        return factors
+
+    def end(self, backwards: bool) -> torch.Tensor:
+        """(images, S, E), what the segment leaves."""
+        return self.memory[:, 0, 0] if backwards else self.memory[:, -1, -1]
+
+    def _allocate(self, decays: torch.Tensor, states: torch.Tensor) -> None:
+        self.decays, self.memory = decays, states
+        # The parts of the memory are looked up once for all segments.
+        self.steps = list(zip(decays.unbind(2), states.unbind(2), strict=True))
+        self.chunks = list(zip(decays.unbind(1), states.unbind(1), strict=True))
