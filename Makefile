@@ -22,7 +22,7 @@ help:
 	@echo "make quickstart   train a small model on digits in photographs and look at its regions (minutes)"
 	@echo "make test         run the tests"
 	@echo "make lint         check style and formatting"
-	@echo "make benchmark    measure speed and memory beside other vision transformers (about half an hour)"
+	@echo "make benchmark    measure speed and memory beside other vision transformers (about an hour)"
 	@echo "make venv         make .venv with everything for development"
 	@echo "make clean        remove build products, caches and quick start results (.venv stays)"
 
@@ -43,6 +43,7 @@ lint: .venv/installed-dev
 benchmark: .venv/installed
 	$(BIN)/dart-hf benchmark --output $(RESULTS)/$(BENCHMARK) $(BENCHMARK_ARGS)
 	$(BIN)/python benchmarks/scaling.py --output $(RESULTS)/scaling.json
+	$(BIN)/python benchmarks/vision_mamba.py --output $(RESULTS)/vision_mamba.json
 	$(BIN)/python benchmarks/fine_tuning.py --output $(RESULTS)/fine_tuning.json
 
 venv: .venv/installed-dev

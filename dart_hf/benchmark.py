@@ -447,7 +447,7 @@ def _peak_memory(chosen: Sequence[Contestant], settings: Settings) -> dict[str, 
 @quiet()
 def _measure_memory(entry: Contestant, settings: Settings, threads: int) -> dict[str, float] | None:
     torch.set_num_threads(threads)
-    before = _memory_high_water(settings)
+    before = memory_high_water(settings.device)
     if before is None:
         return None
     results = {}
@@ -456,20 +456,20 @@ def _measure_memory(entry: Contestant, settings: Settings, threads: int) -> dict
     with torch.inference_mode():
         for _ in range(2):
             _call(run, settings)
-    results["inference"] = round(_memory_high_water(settings) - before, 1)
+    results["inference"] = round(memory_high_water(settings.device) - before, 1)
     if settings.training:
         del model, run
         gc.collect()
         step = _training_step(entry, settings)
         for _ in range(2):
             _call(step, settings)
-        results["training"] = round(_memory_high_water(settings) - before, 1)
+        results["training"] = round(memory_high_water(settings.device) - before, 1)
     return results
 
 
-def _memory_high_water(settings: Settings) -> float | None:
+def memory_high_water(device: str) -> float | None:
     """The most MiB taken so far: by the process, or on the GPU. None where the system does not tell."""
-    if settings.device == "cuda":
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         status = Path("/proc/self/status").read_text()

@@ -50,9 +50,9 @@ class RelativePositions(NamedTuple):
     decays: tuple[torch.Tensor, ...]
 
 
-# Both are computed in float32 whatever the model's precision, because the authors' are, in their float64 model too. With
-# these numbers our float64 logits agree with theirs to 1e-13; computed in float64 the rates would differ by up to 4e-6, and
-# the logits by 2e-7.
+# Both are computed in float32 whatever the model's precision, because the authors' are, in their float64 model too.
+# With these numbers our float64 logits agree with theirs to 1e-13; computed in float64 the rates would differ by up to
+# 4e-6, and the logits by 2e-7.
 
 
 def rotation_frequencies(head_dim: int, device: torch.device | None = None) -> torch.Tensor:

@@ -53,6 +53,10 @@ class DartVimTimeSteps(nn.Linear):
         return softplus(delta.to(precise) + self.bias.to(precise))
 
 
+class DartVimOutput(nn.Linear):
+    """What a mixer adds to the residual stream. Loading initialises by the class of what has the missing weight."""
+
+
 class DartVimScan(nn.Module):
     """A Mamba layer's path through the tokens in one direction: convolution, selective scan. (B, L, E) -> (B, L, E)."""
 
@@ -86,7 +90,7 @@ class DartVimMixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=False)
         self.forward_scan = DartVimScan(config, backwards=False)
         self.backward_scan = DartVimScan(config, backwards=True)
-        self.out_proj = nn.Linear(channels, config.hidden_size, bias=False)
+        self.out_proj = DartVimOutput(channels, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
@@ -122,29 +126,34 @@ class DartVimPreTrainedModel(RegionPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, DartVimModel):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+        elif isinstance(module, DartVimConvolution):
+            # torch's own: within the range of the linear layers, four numbers per channel would let little through.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            init.zeros_(module.bias)
+        elif isinstance(module, DartVimTimeSteps):
+            self._init_time_steps(module)
         elif isinstance(module, DartVimScan):
-            self._init_scan(module)
-        elif isinstance(module, DartVimMixer):
+            # Rates of decay 1, 2, 3…
+            rates = torch.arange(1, module.A_log.shape[1] + 1, device=module.A_log.device, dtype=torch.float32)
+            init.copy_(module.A_log, rates.log().expand_as(module.A_log))
+            init.ones_(module.D)
+        elif isinstance(module, DartVimOutput):
             # As many layers add to the residual stream.
             init.trunc_normal_(
-                module.out_proj.weight, std=self.config.initializer_range / math.sqrt(self.config.num_hidden_layers)
+                module.weight, std=self.config.initializer_range / math.sqrt(self.config.num_hidden_layers)
             )
         else:
             super()._init_weights(module)
 
-    def _init_scan(self, scan: DartVimScan) -> None:
-        """As in Mamba: rates of decay 1, 2, 3…, and time steps spread evenly over the logarithms of their range."""
-        config = self.config
-        states = torch.arange(1, config.state_size + 1, device=scan.A_log.device, dtype=torch.float32)
-        init.copy_(scan.A_log, states.log().expand_as(scan.A_log))
-        init.ones_(scan.D)
-        bound = config.time_step_rank**-0.5
-        init.uniform_(scan.dt_proj.weight, -bound, bound)
-        logarithms = torch.empty_like(scan.dt_proj.bias, dtype=torch.float32)
-        logarithms.uniform_(math.log(config.time_step_min), math.log(config.time_step_max))
+    def _init_time_steps(self, module: DartVimTimeSteps) -> None:
+        """As in Mamba: spread evenly over the logarithms of their range."""
+        bound = module.in_features**-0.5
+        init.uniform_(module.weight, -bound, bound)
+        logarithms = torch.empty_like(module.bias, dtype=torch.float32)
+        logarithms.uniform_(math.log(self.config.time_step_min), math.log(self.config.time_step_max))
         steps = logarithms.exp()
         # The inverse of softplus.
-        init.copy_(scan.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))
+        init.copy_(module.bias, steps + torch.log(-torch.expm1(-steps)))
 
 
 class DartVimModel(DartVimPreTrainedModel):

@@ -12,6 +12,7 @@ so nothing overflows.
 import functools
 import importlib
 import math
+import operator
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ logger = logging.get_logger(__name__)
 
 # Whether mamba_ssm's CUDA kernel computes what it can, where it is installed.
 USE_CUDA_KERNEL = True
-# How many numbers of a state (images × tokens × states × channels) are computed at once: few enough to stay in a CPU's
-# cache, enough to fill a GPU.
+# How many numbers of the states (images × tokens × states × channels) are in memory at once: few enough to stay in a
+# CPU's cache, enough to fill a GPU.
 CPU_BLOCK = 2**20
 GPU_BLOCK = 2**26
 
@@ -102,9 +103,9 @@ def _scan_in_graph(
     x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
 ) -> torch.Tensor:
     """The scan with a new tensor for each result, for compilers and exporters: √L chunks of √L tokens."""
-    length = x.shape[1]
-    # Not `isqrt`, which torch.compile has not for a length that differs from call to call.
-    num_steps = math.ceil(math.sqrt(length))
+    # A number also for torch.compile, to which a length that differs from call to call would be a symbol.
+    length = operator.index(x.shape[1])
+    num_steps = math.isqrt(length - 1) + 1
     sequences = (
         pad(sequence, (0, 0, 0, -length % num_steps)).unflatten(1, (-1, num_steps)).unbind(2)
         for sequence in (delta, delta * x, B, C)
@@ -122,8 +123,9 @@ def _scan_in_graph(
     for decay, state in list(zip(decays[-1].unbind(1), states[-1].unbind(1), strict=True))[::direction][:-1]:
         left.append(torch.addcmul(state, decay, left[-1]))
     before = torch.stack(left[::direction], dim=1)
+    # No product of matrices, which autocast would round, and for which a compiler would store the states.
     y = [
-        C_t[..., None, :] @ torch.addcmul(state, decay, before)
+        (C_t[..., None] * torch.addcmul(state, decay, before)).sum(-2, keepdim=True)
         for (*_, C_t), state, decay in zip(steps, states, decays, strict=True)
     ]
     return torch.cat(y[::direction], dim=2).flatten(1, 2)[:, :length]
@@ -211,8 +213,9 @@ class _BlockwiseScan(torch.autograd.Function):
                 grad_h = gradients.states(next_deltas[at], grad_y[at], readings[at], rates, start, not backwards)
                 start = gradients.end(not backwards).clone()
                 # With `out`, which autocast leaves alone: whoever calls `backward` under it gets float32 too.
-                torch.matmul(h, grad_y[at][..., None], out=grad_C[at][..., None])
-                torch.matmul(grad_h, inputs[at][..., None], out=grad_B[at][..., None])
+                # Rows from the left: columns from the right take ten times as long.
+                torch.matmul(grad_y[at][..., None, :], h.mT, out=grad_C[at][..., None, :])
+                torch.matmul(inputs[at][..., None, :], grad_h.mT, out=grad_B[at][..., None, :])
                 torch.matmul(weights[at][..., None, :], grad_h, out=grad_inputs[at][..., None, :])
                 # What is left in a state of the one before it, times the gradient: the gradient of the exponent. As a
                 # product, because the difference of state and input has lost it where the time step is large.

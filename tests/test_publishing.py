@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
+from tiny_models import tiny_classifier
 from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, publishing
@@ -35,6 +36,7 @@ CODE = [
     "configuration_dart.py",
     "image_processing_dart.py",
     "modeling_dart.py",
+    "modeling_dart_base.py",
     "region_partition.py",
     "region_sampling.py",
     "region_scorer.py",
@@ -302,6 +304,20 @@ def test_loads_without_dart_hf(hub, published, folder, tmp_path):
         logits = DartForImageClassification.from_pretrained(folder)(pixels).logits[0]
     assert found["classes"] == ["transformers_modules"] * 3 and not found["dart_hf"]
     torch.testing.assert_close(torch.tensor(found["logits"]), logits)
+
+
+@pytest.mark.parametrize("model_type", ["dart_vim", "dart_rmt"])
+def test_every_architecture_is_published_with_its_code(hub, client, image, tmp_path, model_type):
+    model = tiny_classifier(("cup", "cat", "rocket"), model_type, score_normalization="image")
+    client.publish(save(tmp_path / "saved", model), f"user/{model_type}")
+    files = hub.repository(f"user/{model_type}").files()
+    own = {"dart_vim": {"modeling_dart_vim.py", "selective_scan.py"}, "dart_rmt": {"modeling_dart_rmt.py"}}[model_type]
+    assert {name for name in files if name.endswith(".py")} == {*CODE, *own} - {"modeling_dart.py"}
+    found = client.call("classify", f"user/{model_type}", image)
+    processor = DartImageProcessor(size=32, crop_size=32)
+    with torch.no_grad():
+        expected = model(**processor(str(image), return_tensors="pt")).logits[0].softmax(dim=0)
+    assert found == pytest.approx(dict(zip(("cup", "cat", "rocket"), expected.tolist(), strict=True)), abs=1e-4)
 
 
 def test_push_to_hub(hub, client, published, folder, image):

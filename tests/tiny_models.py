@@ -1,21 +1,38 @@
-"""A classifier of which a test asks no more than that its answers differ from image to image."""
+"""Classifiers of which a test asks no more than that their answers differ from image to image."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForImageClassification
 
-from dart_hf import DartConfig, DartForImageClassification
+import dart_hf  # noqa: F401
+from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
+
+# Model type -> settings of a tiny encoder.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "dart": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    "dart_vim": {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
+    "dart_rmt": {
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "mlp_ratios": [2, 2],
+        "decay_starts": [2, 2],
+        "decay_ranges": [4, 6],
+        "chunkwise": [True, False],
+        "layer_scale": [False, False],
+        "projection_size": 32,
+    },
+}
 
 
-def tiny_classifier(labels: Sequence[str] = ("LABEL_0", "LABEL_1"), **settings: Any) -> DartForImageClassification:
+def tiny_classifier(
+    labels: Sequence[str] = ("LABEL_0", "LABEL_1"), model_type: str = "dart", **settings: Any
+) -> RegionPreTrainedModel:
     """As conversion leaves a model: with the published rule for scores, and without running statistics."""
     torch.manual_seed(0)
-    config = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
+    shared = {
         "image_size": 32,
         "patch_size": 4,
         "num_patches": 9,
@@ -26,4 +43,5 @@ def tiny_classifier(labels: Sequence[str] = ("LABEL_0", "LABEL_1"), **settings: 
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
     }
-    return DartForImageClassification(DartConfig(**{**config, **settings})).eval()
+    config = AutoConfig.for_model(model_type, **{**shared, **ENCODERS[model_type], **settings})
+    return AutoModelForImageClassification.from_config(config).eval()

@@ -5,10 +5,8 @@ import functools
 import math
 
 import pytest
-import timm
 import torch
 from accelerate import cpu_offload
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Trainer, TrainingArguments
@@ -44,58 +42,6 @@ def make_model(**settings) -> DartForImageClassification:
 
 def pixels(count: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(count, 3, 32, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-# --- configuration ---------------------------------------------------------------------------------------------------
-
-
-def test_presets_are_the_published_sizes():
-    assert DartConfig.preset("tiny").to_dict() == DartConfig().to_dict()
-    small = DartConfig.preset("small", num_patches=392)
-    assert (small.hidden_size, small.num_attention_heads, small.intermediate_size) == (384, 6, 1536)
-    assert (small.scorer, small.num_patches, small.num_hidden_layers) == ("mobilenet_v3_large", 392, 12)
-    base = DartConfig.preset("base")
-    assert (base.hidden_size, base.num_attention_heads, base.intermediate_size) == (768, 12, 3072)
-    assert base.scorer == "mobilenet_v3_large"
-    with pytest.raises(ValueError, match="preset must be one of 'tiny', 'small', 'base', got 'huge'"):
-        DartConfig.preset("huge")
-
-
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_the_presets_are_deit_and_a_scorer(size):
-    with torch.device("meta"):
-        model = DartForImageClassification(DartConfig.preset(size, num_labels=1000))
-        deit = timm.create_model(f"deit_{size}_patch16_224")
-    scorer = sum(parameter.numel() for parameter in model.scorer.parameters())
-    assert model.num_parameters() - scorer == sum(parameter.numel() for parameter in deit.parameters())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_patches": 0}, "num_patches must be at least 1, got 0"),
-        ({"patch_size": -1}, "patch_size must be at least 1, got -1"),
-        ({"score_grid_size": 0}, "score_grid_size must be at least 1"),
-        ({"hidden_size": 100, "num_attention_heads": 3}, "multiple of num_attention_heads, got 100 and 3"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
-        ({"intermediate_size": -1}, "intermediate_size must be at least 1, got -1"),
-        ({"hidden_act": "sine"}, "hidden_act='sine' is unknown: accepted are .*gelu"),
-    ],
-)
-def test_unusable_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        DartConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("partition", "hexagons"), ("score_normalization", "layer"), ("num_patches", "9")]
-)
-def test_settings_of_the_wrong_type_are_refused_on_a_live_model_too(name, value):
-    """By transformers' own checks, which name the field, what it takes and what it got."""
-    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{value}"):
-        DartConfig(**{name: value})
-    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{value}"):
-        setattr(make_model().config, name, value)
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

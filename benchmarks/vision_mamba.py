@@ -1,0 +1,196 @@
+"""What the chunked selective scan gains over one step per token, and how DART-Vim's time and memory grow with length.
+
+    python benchmarks/vision_mamba.py --output benchmarks/results/vision_mamba.json
+
+The same model runs with each scan in turn: `chunks` is this library's; `transformers` is what transformers' Mamba falls
+back to without a kernel, all factors at once and then a loop over the tokens; `loop` is a loop that computes the
+factors as it goes; on a GPU with mamba_ssm, `kernel` is its CUDA kernel.
+"""
+
+import functools
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+from dart_hf import DartVimForImageClassification
+from dart_hf.benchmark import Settings, command_line, interleave, machine, memory_high_water, summary
+from dart_hf.modeling import modeling_dart_vim, selective_scan
+from dart_hf.prediction import quiet
+from dart_hf.presets import preset_config
+
+LENGTHS = (49, 98, 196, 392, 784, 1568)
+NUM_LABELS = 1000
+
+
+def step_by_step(
+    x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
+) -> torch.Tensor:
+    """Arguments and result as [`selective_scan.selective_scan`]'s."""
+    state = x.new_zeros(x.shape[0], *A.shape)
+    steps = list(zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), strict=True))[:: -1 if backwards else 1]
+    y = []
+    for x_t, delta_t, B_t, C_t in steps:
+        state = torch.exp(delta_t[..., None] * A) * state + (delta_t * x_t)[..., None] * B_t[:, None]
+        y.append((state * C_t[:, None]).sum(dim=2))
+    return torch.stack(y[:: -1 if backwards else 1], dim=1)
+
+
+def as_transformers_does(
+    x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
+) -> torch.Tensor:
+    """Arguments and result as [`selective_scan.selective_scan`]'s."""
+    if backwards:
+        return as_transformers_does(*(tensor.flip(1) for tensor in (x, delta)), A, B.flip(1), C.flip(1)).flip(1)
+    x, delta, B, C = (tensor.transpose(1, 2) for tensor in (x, delta, B, C))
+    return mamba_selective_scan(x, delta, A, B, C).transpose(1, 2)
+
+
+def scans(device: str) -> dict[str, Callable]:
+    """By name, as in the description of this file."""
+    chosen: dict[str, Callable] = {
+        "chunks": selective_scan.selective_scan,
+        "loop": step_by_step,
+        "transformers": as_transformers_does,
+    }
+    if device == "cuda" and selective_scan.cuda_kernel() is not None:
+        chosen["kernel"] = selective_scan.selective_scan
+    return chosen
+
+
+def build(preset: str, num_patches: int, device: str, layers: int | None = None) -> DartVimForImageClassification:
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    config = preset_config(
+        preset, num_patches=num_patches, num_labels=NUM_LABELS, score_normalization="image", **changes
+    )
+    return DartVimForImageClassification(config).to(device)
+
+
+def pictures(batch_size: int, device: str) -> torch.Tensor:
+    return torch.randn(batch_size, 3, 448, 448, device=device).contiguous(memory_format=torch.channels_last)
+
+
+def inference(model: DartVimForImageClassification, images: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model.eval()(images)
+
+
+def training(model: DartVimForImageClassification, images: torch.Tensor) -> None:
+    """Forward and backward; an optimiser would take the same time with any scan."""
+    labels = torch.arange(len(images), device=images.device)
+    model.train()(images, labels=labels).loss.backward()
+    model.zero_grad()
+
+
+def with_scan(name: str, scan: Callable, run: Callable[[], None]) -> None:
+    with (
+        patch.object(modeling_dart_vim, "selective_scan", scan),
+        patch.object(selective_scan, "USE_CUDA_KERNEL", name == "kernel"),
+    ):
+        run()
+
+
+def compare_scans(
+    preset: str, run: Callable, settings: Settings, layers: int | None = None, leave_out: str = ""
+) -> dict[str, Any]:
+    """Milliseconds of the model with each scan but one, and how many times ours each takes."""
+    images, model = pictures(settings.batch_size, settings.device), build(preset, 196, settings.device, layers)
+    runs = {
+        (name,): functools.partial(with_scan, name, scan, functools.partial(run, model, images))
+        for name, scan in scans(settings.device).items()
+        if name != leave_out
+    }
+    times = {name: summary(samples) for (name,), samples in interleave(runs, settings, run.__name__).items()}
+    for name, measured in times.items():
+        measured["times_ours"] = round(measured["median"] / times["chunks"]["median"], 2)
+        measured["images_per_second"] = round(settings.batch_size / measured["median"] * 1e3, 2)
+        typer.echo(
+            f"{run.__name__:9s} batch {settings.batch_size}, {model.config.num_hidden_layers} layers, {name:12s} "
+            f"{measured['median']:9.1f} ms, {measured['times_ours']:6.2f} × ours"
+        )
+    where = {"batch_size": settings.batch_size, "layers": model.config.num_hidden_layers}
+    return {"run": run.__name__, **where, "milliseconds": times}
+
+
+def grow(preset: str, settings: Settings) -> list[dict[str, float]]:
+    """Time per image and per token, and peak memory, at every length."""
+    images = pictures(settings.batch_size, settings.device)
+    models = {length: build(preset, length, settings.device) for length in LENGTHS}
+    runs = {
+        (length, run.__name__): functools.partial(run, model, images)
+        for length, model in models.items()
+        for run in (inference, training)
+    }
+    times = {key: summary(samples) for key, samples in interleave(runs, settings, "lengths").items()}
+    lines = []
+    for length in LENGTHS:
+        line: dict[str, float] = {"num_patches": length}
+        for run in (inference, training):
+            per_image = times[length, run.__name__]["median"] / settings.batch_size
+            line[f"{run.__name__}_ms_per_image"] = round(per_image, 2)
+            line[f"{run.__name__}_us_per_token"] = round(per_image / (length + 1) * 1e3, 1)
+            line[f"{run.__name__}_mib"] = measure_memory(run, preset, length, settings)
+        lines.append(line)
+    return lines
+
+
+def measure_memory(run: Callable, preset: str, length: int, settings: Settings) -> float:
+    """MiB above an image of the model and its scorer: what building and running once takes, in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_memory, run.__name__, preset, length, settings, torch.get_num_threads()).result()
+
+
+def _memory(run: str, preset: str, length: int, settings: Settings, threads: int) -> float:
+    torch.set_num_threads(threads)
+    before = memory_high_water(settings.device)
+    with quiet():
+        model = build(preset, length, settings.device)
+        {"inference": inference, "training": training}[run](model, pictures(settings.batch_size, settings.device))
+    return round(memory_high_water(settings.device) - before, 1)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    preset: Annotated[str, typer.Option(help="vim-tiny or vim-small.")] = "vim-tiny",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
+    rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
+) -> None:
+    """Measure, and write a JSON file."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = Settings(device=device, batch_size=batch_size, rounds=rounds, calls=1)
+    settings.check()
+    with quiet():
+        compared = [
+            compare_scans(preset, inference, settings),
+            compare_scans(preset, inference, replace(settings, batch_size=1)),
+            compare_scans(preset, training, replace(settings, rounds=2), leave_out="transformers"),
+            # Its loop's gradient is as slow as the square of the length.
+            compare_scans(preset, training, replace(settings, rounds=1), layers=2),
+        ]
+        lines = grow(preset, settings)
+    for line in lines:
+        typer.echo(", ".join(f"{name} {value}" for name, value in line.items()))
+    results = {
+        "command": command_line(),
+        "machine": machine(device),
+        "preset": preset,
+        "scans_at_196_tokens": compared,
+        "lengths": {"batch_size": batch_size, "by_tokens": lines},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

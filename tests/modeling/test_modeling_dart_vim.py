@@ -1,0 +1,506 @@
+"""DART-Vim: the mixer by its definition, the class token's place, initialisation, loading, compilation, precision."""
+
+import functools
+import math
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.functional import cross_entropy, silu
+
+from dart_hf import DartVimConfig, DartVimForImageClassification, DartVimModel
+from dart_hf.modeling.modeling_dart_vim import DartVimMixer, DartVimScan
+
+
+def make_config(**settings) -> DartVimConfig:
+    defaults = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "state_size": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "num_patches": 9,
+        "score_grid_size": 4,
+        "scorer": "conv",
+        "num_labels": 5,
+    }
+    return DartVimConfig(**{**defaults, **settings})
+
+
+def make_model(**settings) -> DartVimForImageClassification:
+    """Weights of order one, so that every part matters for the logits, and no channel like another."""
+    torch.manual_seed(0)
+    model = DartVimForImageClassification(make_config(initializer_range=0.2, **settings))
+    with torch.no_grad():
+        for name, parameter in model.dart_vim.layers.named_parameters():
+            if parameter.ndim == 1 or name.endswith("A_log"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def pixels(count: int = 3, height: int = 64, width: int = 64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+# --- the definition --------------------------------------------------------------------------------------------------
+
+
+def literal_direction(scan: DartVimScan, x: torch.Tensor) -> torch.Tensor:
+    """A scan forwards through one sequence (L, E), token after token, with the parameters of one direction."""
+    rank, states = scan.dt_proj.in_features, scan.A_log.shape[1]
+    kernel = scan.conv1d.weight[:, 0]
+    h = torch.zeros_like(scan.A_log)
+    results = []
+    for t in range(len(x)):
+        convolved = scan.conv1d.bias
+        for back in range(min(kernel.shape[1], t + 1)):
+            convolved = convolved + kernel[:, -1 - back] * x[t - back]
+        token = convolved * torch.sigmoid(convolved)
+        projected = scan.x_proj.weight @ token
+        step, B, C = projected[:rank], projected[rank : rank + states], projected[rank + states :]
+        step = torch.log(1 + torch.exp(scan.dt_proj.weight @ step + scan.dt_proj.bias))
+        h = torch.exp(-step[:, None] * torch.exp(scan.A_log)) * h + torch.outer(step * token, B)
+        results.append(h @ C + scan.D * token)
+    return torch.stack(results)
+
+
+def literal_mixer(mixer: DartVimMixer, hidden_states: torch.Tensor) -> torch.Tensor:
+    """One sequence (L, D): each direction reads x and the gate z of its own, the second of them from the end."""
+    x, z = (hidden_states @ mixer.in_proj.weight.t()).chunk(2, dim=-1)
+    forwards = literal_direction(mixer.forward_scan, x) * silu(z)
+    backwards = (literal_direction(mixer.backward_scan, x.flip(0)) * silu(z.flip(0))).flip(0)
+    return (forwards + backwards) / 2 @ mixer.out_proj.weight.t()
+
+
+def literal_norm(norm: nn.RMSNorm, values: torch.Tensor) -> torch.Tensor:
+    return norm.weight * values / (values.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def literal_encoder(model: DartVimModel, sequence: torch.Tensor) -> torch.Tensor:
+    """One sequence (L, D): every block adds the last one's result to the sum, and hands on what it makes of it."""
+    residual, hidden_states = torch.zeros_like(sequence), sequence
+    for layer in model.layers:
+        residual = residual + hidden_states
+        hidden_states = literal_mixer(layer.mixer, literal_norm(layer.norm, residual))
+    return literal_norm(model.norm, residual + hidden_states)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 30])
+@pytest.mark.parametrize("settings", [{}, {"conv_kernel": 1, "expand": 1}, {"conv_kernel": 6, "time_step_rank": 5}])
+def test_the_mixer_is_what_its_definition_says(length, settings):
+    mixer = make_model(**settings).double().dart_vim.layers[1].mixer
+    states = torch.randn(2, length, 32, dtype=torch.float64)
+    weights = torch.randn(2, length, 32, dtype=torch.float64)
+    results = []
+    for run in (mixer, lambda states: torch.stack([literal_mixer(mixer, sequence) for sequence in states])):
+        output = run(states)
+        mixer.zero_grad()
+        (output * weights).sum().backward()
+        results.append([output.detach(), *(parameter.grad for parameter in mixer.parameters())])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("num_patches", [1, 2, 8, 9])
+def test_the_encoder_is_what_its_definition_says(num_patches):
+    model = make_model().double().dart_vim
+    tokens, position = torch.randn(2, num_patches, 32).double(), torch.randn(1, 1, 32).double()
+    with torch.no_grad():
+        found = model.encode(tokens, position)
+        class_token = (model.cls_token + position)[0]
+        for image in range(2):
+            middle = num_patches // 2
+            sequence = torch.cat([tokens[image, :middle], class_token, tokens[image, middle:]])
+            torch.testing.assert_close(found[image], literal_encoder(model, sequence))
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_outputs():
+    model = make_model()
+    labels = torch.tensor([0, 1, 4])
+    out = model(pixels(), labels=labels, output_hidden_states=True)
+    assert out.logits.shape == (3, 5) and out.regions is None and out.attentions is None
+    torch.testing.assert_close(out.loss, cross_entropy(out.logits, labels))
+    assert [tuple(states.shape) for states in out.hidden_states] == [(3, 10, 32)] * 4
+    for layer, before, after in zip(model.dart_vim.layers, out.hidden_states[:-1], out.hidden_states[1:], strict=True):
+        torch.testing.assert_close(layer(before), after)
+
+    bare = model.dart_vim(pixels(), output_regions=True)
+    assert bare.hidden_states is None
+    assert bare.regions.strip_edges.shape == (3, 10) and bare.regions.scores.shape == (3, 4, 4)
+    torch.testing.assert_close(bare.last_hidden_state, model.dart_vim.norm(out.hidden_states[-1]))
+    torch.testing.assert_close(model.classifier(bare.pooler_output), out.logits)
+
+
+@pytest.mark.parametrize(("num_patches", "middle"), [(1, 0), (2, 1), (8, 4), (9, 4), (196, 98)])
+def test_the_class_token_is_in_the_middle(num_patches, middle):
+    model = make_model().dart_vim
+    out = model(pixels(), num_patches=num_patches, output_hidden_states=True)
+    tokens, position, _ = model.tokenizer(pixels(), num_patches)
+    sequence = out.hidden_states[0]
+    torch.testing.assert_close(sequence[:, middle], (model.cls_token + position)[:, 0].expand(3, -1))
+    assert torch.equal(sequence[:, :middle], tokens[:, :middle])
+    assert torch.equal(sequence[:, middle + 1 :], tokens[:, middle:])
+    assert torch.equal(out.pooler_output, out.last_hidden_state[:, middle])
+
+
+def test_the_class_token_reads_what_is_before_and_behind_it():
+    """And what only the convolution or the states can carry there."""
+    model = make_model(num_hidden_layers=1).double().dart_vim
+    tokens = torch.randn(1, 40, 32, dtype=torch.float64, requires_grad=True)
+    model.encode(tokens, torch.zeros(1, 1, 32, dtype=torch.float64))[0, 20].sum().backward()
+    assert (tokens.grad.abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("num_patches", [1, 2, 13, 50])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (100, 36)])
+@pytest.mark.parametrize("partition", ["flow", "uniform"])
+def test_any_budget_and_image_shape(size, num_patches, partition):
+    model = make_model(partition=partition)
+    out = model(pixels(2, *size), num_patches=num_patches, output_regions=True, output_hidden_states=True)
+    assert out.logits.shape == (2, 5) and out.logits.isfinite().all()
+    assert out.hidden_states[-1].shape == (2, num_patches + 1, 32)
+    assert out.regions.strip_edges.shape == (2, num_patches + 1)
+
+
+@pytest.mark.parametrize("partition", ["flow", "grid"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_logits_are_the_same_alone_and_in_a_batch(partition, dtype, tolerance):
+    model = make_model(partition=partition).to(dtype)
+    model.scorer.statistics.train()(torch.randn(4, 4, 4, dtype=dtype), "running")
+    model.eval()
+    images = pixels(7, dtype=dtype)
+    with torch.no_grad():
+        together = model(images).logits
+        alone = torch.cat([model(image[None]).logits for image in images])
+    assert (alone - together).abs().max() / together.abs().max() < tolerance
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+def scans(model) -> list[DartVimScan]:
+    return [module for module in model.modules() if isinstance(module, DartVimScan)]
+
+
+@torch.no_grad()
+def assert_initialised(model) -> None:
+    """As in Mamba."""
+    config = model.config
+    for scan in scans(model):
+        torch.testing.assert_close(scan.A_log.exp(), torch.arange(1.0, config.state_size + 1).expand_as(scan.A_log))
+        assert (scan.D == 1).all()
+        bound = config.time_step_rank**-0.5
+        assert 0.9 * bound < scan.dt_proj.weight.abs().max() <= bound
+        # torch's rule for convolutions; transformers' is a standard deviation of 0.02.
+        bound = config.conv_kernel**-0.5
+        assert 0.9 * bound < scan.conv1d.weight.abs().max() <= bound
+        assert (scan.conv1d.bias == 0).all()
+    for layer in model.base_model.layers:
+        # As many layers add to the residual stream.
+        assert layer.mixer.out_proj.weight.std() == pytest.approx(0.02 / math.sqrt(3), rel=0.1)
+    assert 0 < model.base_model.cls_token.std() < 0.1
+    steps = torch.cat([nn.functional.softplus(scan.dt_proj.bias) for scan in scans(model)])
+    low, high = config.time_step_min, config.time_step_max
+    assert 0.999 * low <= steps.min() < 1.2 * low and 0.8 * high < steps.max() <= 1.001 * high
+    # As many below the middle of the logarithms as above it.
+    assert steps.log().mean() == pytest.approx(math.log(low * high) / 2, abs=0.15 * math.log(high / low))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"time_step_min": 0.01, "time_step_max": 0.5, "time_step_rank": 7}])
+def test_initialisation(settings):
+    torch.manual_seed(0)
+    model = DartVimForImageClassification(make_config(**settings))
+    assert_initialised(model)
+    for layer in model.dart_vim.layers:
+        assert (layer.norm.weight == 1).all()
+        assert layer.mixer.in_proj.weight.std() == pytest.approx(0.02, rel=0.1)
+    assert (model.classifier.bias == 0).all()
+
+
+def test_a_range_of_one_time_step():
+    model = DartVimModel(make_config(time_step_min=0.05, time_step_max=0.05))
+    for scan in scans(model):
+        torch.testing.assert_close(nn.functional.softplus(scan.dt_proj.bias), torch.full((64,), 0.05))
+
+
+OWN = ("A_log", ".D", "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "conv1d.bias", "out_proj.weight", "cls_token")
+
+
+@pytest.mark.parametrize("lacking", [*OWN, OWN])
+def test_what_a_checkpoint_lacks_is_initialised(lacking, tmp_path):
+    """As in a new model, although loading builds one without memory first; and nothing else is."""
+    torch.manual_seed(0)
+    model = DartVimForImageClassification(make_config())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith(lacking)}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, info = DartVimForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(tensors) - set(kept)
+    assert_initialised(loaded)
+    for name, value in kept.items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_model_on_a_device_without_memory():
+    """Whatever would read a value on the host, or make a tensor there, fails."""
+    with torch.device("meta"):
+        model = DartVimForImageClassification(make_config())
+    images, labels = torch.zeros(2, 3, 64, 64, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    out = model(images, labels=labels)
+    out.loss.backward()
+    assert out.logits.is_meta and scans(model)[0].A_log.grad.is_meta
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+BATCH = {"pixel_values": pixels(4), "labels": torch.tensor([0, 1, 2, 3])}
+
+
+def gradients(model) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(**BATCH).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_the_loss_reaches_every_parameter():
+    model = make_model().train()
+    for (name, _), gradient in zip(model.named_parameters(), gradients(model), strict=True):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(0)
+    model = DartVimForImageClassification(make_config()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(30):
+        loss = model(**BATCH).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_stochastic_depth_grows_with_depth_and_drops_in_training_only():
+    model = make_model(drop_path_rate=0.4).dart_vim
+    assert [layer.drop_path.drop_prob for layer in model.layers] == pytest.approx([0.0, 0.2, 0.4])
+    states, last = torch.randn(2, 10, 32), model.layers[-1]
+    last.drop_path.drop_prob = 1.0
+    assert not torch.allclose(last(states), states, atol=1e-2)
+    assert torch.equal(last.train()(states), states)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = make_model().train()
+    expected = gradients(model)
+    calls = []
+    for layer in model.dart_vim.layers:
+        layer.mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    for plain, checkpointed in zip(expected, gradients(model), strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * 3
+
+
+def test_what_a_training_step_keeps_grows_linearly_with_the_tokens():
+    """And is not a multiple of the number of states."""
+    config = make_config(num_hidden_layers=1, state_size=32)
+    model = DartVimModel(config)
+
+    def kept(num_tokens: int) -> int:
+        storages = {}
+
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+            states = model.encode(torch.randn(1, num_tokens - 1, 32), torch.zeros(1, 1, 32))
+        assert states.requires_grad
+        return sum(storages.values())
+
+    some, twice, four_times = kept(512), kept(1024), kept(2048)
+    assert four_times - twice == pytest.approx(2 * (twice - some), rel=0.05)
+    channels = 2 * config.hidden_size
+    states_of_both_directions = 2 * 4 * channels * config.state_size
+    assert (twice - some) / 512 < 0.8 * states_of_both_directions
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_is_exact(tmp_path):
+    model = make_model()
+    model.train()(pixels())  # running statistics other than the initial ones
+    model.eval().save_pretrained(tmp_path)
+    for device_map in (None, "cpu"):
+        loaded, info = DartVimForImageClassification.from_pretrained(
+            tmp_path, device_map=device_map, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
+    bare = DartVimModel.from_pretrained(tmp_path)
+    assert torch.equal(bare(pixels()).pooler_output, model.dart_vim(pixels()).pooler_output)
+
+
+def test_runs_with_its_weights_offloaded():
+    model, images = make_model().double(), pixels(dtype=torch.float64)
+    expected = model(images).logits
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    torch.testing.assert_close(offloaded(images).logits, expected)
+
+
+def test_runs_with_a_part_of_its_weights_on_disk(tmp_path):
+    model, images = make_model(num_hidden_layers=8).double(), pixels(dtype=torch.float64)
+    model.save_pretrained(tmp_path / "model")
+    loaded = DartVimForImageClassification.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float64,
+        device_map="auto",
+        max_memory={"cpu": int(0.8 * model.get_memory_footprint())},
+        offload_folder=tmp_path / "offloaded",
+    )
+    layers = {name: device for name, device in loaded.hf_device_map.items() if ".layers." in name}
+    assert set(layers) == {f"dart_vim.layers.{index}" for index in range(8)}
+    assert set(layers.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(loaded(images).logits, model(images).logits)
+
+
+def test_a_half_precision_model_shards(tmp_path):
+    """FSDP wants one precision in a unit; the scorer has another than the encoder."""
+    init = f"file://{tmp_path / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    try:
+        model = make_model().bfloat16()
+        names = DartVimForImageClassification._no_split_modules
+        units = {type(module) for module in model.modules() if type(module).__name__ in names}
+        assert {unit.__name__ for unit in units} == set(names)
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units)
+        sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+        loss = sharded(**BATCH).loss
+        loss.backward()
+        assert loss.isfinite()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["weights", "autocast"])
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
+def test_half_precision_keeps_the_partition(dtype, noise, mode, tmp_path):
+    model = make_model()
+    expected = model(pixels(), output_regions=True)
+    if mode == "weights":
+        model.save_pretrained(tmp_path)
+        model = DartVimForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+        assert model.classifier.weight.dtype == dtype
+        assert {parameter.dtype for parameter in model.scorer.parameters()} == {torch.float32}
+        found = model(pixels(), output_regions=True)
+    else:
+        with torch.autocast("cpu", dtype=dtype):
+            found = model(pixels(), output_regions=True)
+    assert torch.equal(found.regions.row_edges, expected.regions.row_edges)
+    assert torch.equal(found.regions.strip_edges, expected.regions.strip_edges)
+    assert found.logits.dtype == dtype
+    assert 0 < (found.logits - expected.logits).abs().max() / expected.logits.abs().max() < noise
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_residual_is_in_float32_at_least(dtype, wide):
+    model = make_model().to(dtype)
+    out = model.dart_vim(pixels(), output_hidden_states=True)
+    assert {states.dtype for states in out.hidden_states} == {wide}
+    assert out.last_hidden_state.dtype == out.pooler_output.dtype == dtype
+    # What a layer adds to a large sum is not lost.
+    layer, residual = model.dart_vim.layers[0], 256 + torch.randn(2, 10, 32, dtype=wide)
+    assert torch.equal(layer(residual) - residual, (residual + layer.mixer(layer.norm(residual.to(dtype)))) - residual)
+    assert not torch.equal(layer(residual).to(torch.bfloat16).to(wide), layer(residual))
+
+
+@pytest.mark.parametrize("mode", ["weights", "autocast"])
+def test_time_steps_are_computed_in_float32(mode, monkeypatch):
+    """A bfloat16 number near -7, where the bias of a small time step lies, is off by up to 1.6% of the step."""
+    seen = []
+
+    def look(x, delta, A, *others):
+        seen.append((x.dtype, delta.dtype, A.dtype))
+        return x
+
+    monkeypatch.setattr("dart_hf.modeling.modeling_dart_vim.selective_scan", look)
+    model = make_model()
+    if mode == "weights":
+        model.bfloat16()(pixels())
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(pixels())
+    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)} and len(seen) == 2 * 3
+
+
+@pytest.mark.parametrize("mode", ["weights", "autocast"])
+def test_half_precision_training(mode):
+    """The gradients are those of float32 but for the noise."""
+    model = make_model().train()
+    expected = gradients(model.bfloat16().float())
+    if mode == "weights":
+        model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        loss = model(**BATCH).loss
+    model.zero_grad()
+    loss.backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+        assert parameter.grad.isfinite().all(), name
+        error = ((parameter.grad - gradient).norm() / gradient.norm()).item()
+        assert 0 < error < 0.1, f"{name} is off by {error:.1%}"
+
+
+# --- compilation and export ------------------------------------------------------------------------------------------
+
+
+def test_compiles_as_one_graph_forward_and_backward():
+    torch.compiler.reset()
+    model = make_model(num_hidden_layers=1).double()
+    batch = {"pixel_values": BATCH["pixel_values"].double(), "labels": BATCH["labels"]}
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        out = run(**batch)
+        out.loss.backward()
+        results.append((out.logits, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+def test_compiles_for_one_budget_after_the_other():
+    torch.compiler.reset()
+    model = make_model(num_hidden_layers=1).double()
+    images = pixels(dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for num_patches in (1, 4, 5):
+            found = compiled(images, num_patches=num_patches).logits
+            torch.testing.assert_close(found, model(images, num_patches=num_patches).logits)
+
+
+def test_exports_for_any_number_of_images():
+    model = make_model()
+    program = torch.export.export(
+        model,
+        (pixels(),),
+        {"num_patches": 12},
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}, "num_patches": None},
+    ).module()
+    for count in (2, 5):
+        found = program(pixels(count), num_patches=12).logits
+        torch.testing.assert_close(found, model(pixels(count), num_patches=12).logits)

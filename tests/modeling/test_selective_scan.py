@@ -1,0 +1,456 @@
+"""The selective scan against its definition, a loop over the tokens."""
+
+import functools
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dart_hf.modeling import selective_scan as module
+from dart_hf.modeling.selective_scan import cuda_kernel, selective_scan
+
+NAMES = ("x", "delta", "A", "B", "C")
+both_directions = pytest.mark.parametrize("backwards", [False, True])
+
+
+def literal_scan(x, delta, A, B, C, backwards=False) -> torch.Tensor:
+    """h = exp(Δ A) h + Δ x B and y = C·h, one token after the other; arguments and result as of `selective_scan`."""
+    h = x.new_zeros(x.shape[0], *A.shape)
+    y = [None] * x.shape[1]
+    for t in reversed(range(x.shape[1])) if backwards else range(x.shape[1]):
+        step = delta[:, t, :, None]
+        h = torch.exp(step * A) * h + step * x[:, t, :, None] * B[:, t, None, :]
+        y[t] = (h * C[:, t, None, :]).sum(-1)
+    return torch.stack(y, dim=1)
+
+
+def inputs(
+    length: int, batch: int = 2, channels: int = 3, states: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[torch.Tensor]:
+    """x, Δ, A, B, C, of which some states forget within a token and others remember hundreds."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    drawn = (
+        randn(batch, length, channels),
+        nn.functional.softplus(2 * randn(batch, length, channels) - 2),
+        -(2 * randn(channels, states)).exp(),
+        randn(batch, length, states),
+        randn(batch, length, states),
+    )
+    return [tensor.to(dtype) for tensor in drawn]
+
+
+def weights_of(y: torch.Tensor) -> torch.Tensor:
+    """The same numbers in every precision."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
+
+
+def values_and_gradients(scan, tensors, backwards=False) -> dict[str, torch.Tensor]:
+    """y, and the gradients of all five inputs of a weighted sum of it."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    y = scan(*leaves, backwards)
+    gradients = torch.autograd.grad((y * weights_of(y)).sum(), leaves)
+    return {"y": y.detach(), **dict(zip(NAMES, gradients, strict=True))}
+
+
+def assert_agrees(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
+    """max|a - b| / max|b| of each tensor."""
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        error = (found[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-300)
+        assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
+def assert_scans(tensors, backwards, scan=selective_scan) -> None:
+    expected = values_and_gradients(literal_scan, tensors, backwards)
+    assert_agrees(values_and_gradients(scan, tensors, backwards), expected)
+
+
+@pytest.fixture
+def in_graph(monkeypatch):
+    """The scan that compilers and exporters see, run as it is."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+LENGTHS = (1, 2, 3, 4, 5, 7, 16, 17, 63, 100, 197, 393, 1000, 1569, 2000)
+
+
+@both_directions
+@pytest.mark.parametrize("length", LENGTHS)
+def test_values_and_gradients_are_those_of_the_loop(length, backwards):
+    assert_scans(inputs(length), backwards)
+
+
+@both_directions
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_scan_in_a_graph_is_the_loop_too(in_graph, length, backwards):
+    assert_scans(inputs(length), backwards)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@both_directions
+@pytest.mark.parametrize(
+    ("block", "length", "images", "segments"),
+    [
+        # A block of fewer than four tokens is not made, nor one of less than an image.
+        (1, 3, 1, 1),
+        (1, 4, 1, 1),
+        (1, 5, 1, 2),
+        (1, 17, 1, 5),
+        (200, 50, 1, 4),
+        # One more token than fills a block.
+        (200, 17, 1, 2),
+        (400, 50, 2, 4),
+        (2000, 50, 10, 1),
+    ],
+)
+def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, backwards, batch):
+    monkeypatch.setattr(module, "CPU_BLOCK", block)
+    tensors = inputs(length, batch)
+    sizes = module._Sizes.choose(tensors[0], num_states=4)
+    assert sizes.images == min(images, batch)
+    if batch >= images:
+        assert sizes.segments == segments
+    assert_scans(tensors, backwards)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    batch=st.integers(1, 5),
+    channels=st.integers(1, 4),
+    states=st.integers(1, 5),
+    block=st.integers(1, 2000),
+    backwards=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(length, batch, channels, states, block, backwards, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CPU_BLOCK", block)
+        assert_scans(inputs(length, batch, channels, states, seed=seed), backwards)
+
+
+@both_directions
+def test_finite_differences_agree(monkeypatch, backwards):
+    monkeypatch.setattr(module, "CPU_BLOCK", 1)
+    tensors = [tensor.requires_grad_() for tensor in inputs(6, channels=2, states=2)]
+    assert torch.autograd.gradcheck(lambda *given: selective_scan(*given, backwards), tensors)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@both_directions
+@pytest.mark.parametrize("length", [17, 393, 2000])
+def test_float32_is_off_by_its_rounding(length, backwards):
+    expected = values_and_gradients(selective_scan, inputs(length), backwards)
+    found = values_and_gradients(selective_scan, inputs(length, dtype=torch.float32), backwards)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert_agrees(found, expected, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_is_computed_in_float32(dtype, autocast, compiled):
+    """Nothing is rounded but what comes in and what goes out; under autocast, and with `backward` under it, too."""
+    torch.compiler.reset()
+    scan = torch.compile(selective_scan, fullgraph=True, backend="aot_eager") if compiled else selective_scan
+    tensors = inputs(12, dtype=dtype)
+    exact = values_and_gradients(scan, [tensor.float() for tensor in tensors])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = values_and_gradients(scan, tensors)
+    assert {value.dtype for value in found.values()} == {dtype}
+    for name, value in found.items():
+        assert torch.equal(value, exact[name].to(dtype)), name
+
+
+def test_the_precision_is_that_of_the_values():
+    x, delta, A, B, C = inputs(20, dtype=torch.float32)
+    mixed = selective_scan(x.bfloat16(), delta, A, B.bfloat16(), C.half())
+    expected = selective_scan(x.bfloat16().float(), delta, A, B.bfloat16().float(), C.half().float())
+    assert torch.equal(mixed, expected.bfloat16())
+
+
+@both_directions
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("step", [0.0, 1e4, 1e30])
+def test_time_steps_of_any_size(monkeypatch, step, dtype, tolerance, compiled, backwards):
+    """A token with a large time step wipes the states out; one without any leaves them alone."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    tensors = inputs(40)
+    tensors[1][:, ::7] = step
+    expected = values_and_gradients(literal_scan, tensors, backwards)
+    found = values_and_gradients(selective_scan, [tensor.to(dtype) for tensor in tensors], backwards)
+    assert all(value.isfinite().all() for value in found.values())
+    assert_agrees(found, expected, tolerance)
+    # The others' results and gradients are lost in such a token's, which are as large as its time step.
+    others = [t for t in range(40) if t % 7]
+    for result in (found, expected):
+        result.update({name: value[:, others] for name, value in result.items() if name != "A"})
+    assert_agrees(found, expected, tolerance)
+
+
+@both_directions
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rate", [0.0, -1e4, -1e30])
+def test_rates_of_any_size(monkeypatch, rate, compiled, backwards):
+    """From states that never forget to states that do at once."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    tensors = inputs(40)
+    tensors[2][:, ::2] = rate
+    assert_scans(tensors, backwards)
+    found = values_and_gradients(selective_scan, [tensor.float() for tensor in tensors], backwards)
+    assert all(value.isfinite().all() for value in found.values())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def kept_numbers(length: int, backwards: bool) -> int:
+    """How many numbers are kept for the gradient."""
+    kept = {}
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    tensors = [tensor.requires_grad_() for tensor in inputs(length, channels=96, states=16, dtype=torch.float32)]
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        y = selective_scan(*tensors, backwards)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@both_directions
+def test_what_is_kept_for_the_gradient_grows_with_the_length_and_not_with_the_states(backwards):
+    lengths = (512, 1024, 2048)
+    kept = [kept_numbers(length, backwards) for length in lengths]
+    assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]), rel=0.05)
+    for length, numbers in zip(lengths, kept, strict=True):
+        # x and Δ are twice as many; the states would be sixteen times as many.
+        assert numbers < 3 * 2 * length * 96
+
+
+# --- how it is called ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("constant", NAMES)
+def test_a_tensor_that_needs_no_gradient_gets_none(constant):
+    tensors = inputs(10)
+    expected = values_and_gradients(literal_scan, tensors)
+    leaves = dict(zip(NAMES, [tensor.requires_grad_() for tensor in tensors], strict=True))
+    leaves[constant].requires_grad_(False)
+    y = selective_scan(**leaves)
+    (y * weights_of(y)).sum().backward()
+    assert leaves.pop(constant).grad is None
+    assert_agrees({name: leaf.grad for name, leaf in leaves.items()}, {name: expected[name] for name in leaves})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    tensors = [tensor.requires_grad_() for tensor in inputs(30)]
+    with mode():
+        y = selective_scan(*tensors)
+    assert not y.requires_grad
+    torch.testing.assert_close(y, literal_scan(*tensors).detach())
+
+
+@both_directions
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensors_that_are_views(monkeypatch, compiled, backwards):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    x, delta, A, B, C = inputs(20)
+    wide = torch.cat([B, C], dim=2)
+    views = [
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        delta[:, :, :1].expand(-1, -1, 3),
+        A.t().contiguous().t(),
+        wide[..., :4],
+        wide[..., 4:],
+    ]
+    assert not any(view.is_contiguous() for view in views)
+    found = selective_scan(*views, backwards)
+    torch.testing.assert_close(found, literal_scan(*views, backwards))
+
+
+def test_the_inputs_are_left_as_they_were():
+    tensors = inputs(50)
+    before = [tensor.clone() for tensor in tensors]
+    values_and_gradients(selective_scan, tensors)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    selective_scan(*leaves).sum().backward()
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+
+
+def test_gradients_add_up_over_two_passes():
+    tensors = [tensor.requires_grad_() for tensor in inputs(20)]
+    y = selective_scan(*tensors)
+    first = torch.autograd.grad(y.sum(), tensors, retain_graph=True)
+    second = torch.autograd.grad(y.sum(), tensors)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+# --- compilation and export ------------------------------------------------------------------------------------------
+
+
+class Scan(nn.Module):
+    def forward(self, x, delta, A, B, C, backwards=False):
+        return selective_scan(x, delta, A, B, C, backwards)
+
+
+@both_directions
+def test_compiles_as_one_graph_forward_and_backward(backwards):
+    torch.compiler.reset()
+    compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
+    for length in (1, 20, 31):
+        assert_scans(inputs(length), backwards, scan=compiled)
+
+
+@both_directions
+def test_exports_for_any_number_of_images(backwards):
+    batch = torch.export.Dim("batch")
+    sequence = {0: batch}
+    program = torch.export.export(
+        Scan(),
+        tuple(inputs(50)),
+        {"backwards": backwards},
+        dynamic_shapes=(sequence, sequence, None, *2 * [sequence], None),
+    ).module()
+    for images in (2, 7):
+        tensors = inputs(50, batch=images)
+        torch.testing.assert_close(program(*tensors, backwards=backwards), literal_scan(*tensors, backwards))
+
+
+# --- the CUDA kernel -------------------------------------------------------------------------------------------------
+
+
+class OnAGpu(torch.Tensor):
+    """A tensor in memory that says it is not."""
+
+    is_cuda = True
+
+
+def on_a_gpu(tensors) -> list[torch.Tensor]:
+    return [tensor.as_subclass(OnAGpu) for tensor in tensors]
+
+
+def fake_kernel(calls: list, u, delta, A, B, C) -> torch.Tensor:
+    """mamba_ssm's `selective_scan_fn`: u, Δ (batch, E, L), A (E, S), B and C (batch, S, L) -> y (batch, E, L)."""
+    calls.append([tuple(tensor.shape) for tensor in (u, delta, A, B, C)])
+    assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (u, delta, A, B, C))
+    sequences = (tensor.transpose(1, 2) for tensor in (u, delta, B, C))
+    x, delta, B, C = sequences
+    return literal_scan(x, delta, A, B, C).transpose(1, 2)
+
+
+@both_directions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_is_called_as_mamba_ssm_documents_it(monkeypatch, dtype, backwards):
+    calls = []
+    monkeypatch.setattr(module, "cuda_kernel", lambda: functools.partial(fake_kernel, calls))
+    tensors = inputs(9, batch=2, channels=3, states=4, dtype=dtype)
+    found = values_and_gradients(lambda *given: selective_scan(*on_a_gpu(given[:5]), given[5]), tensors, backwards)
+    assert calls == [[(2, 3, 9), (2, 3, 9), (3, 4), (2, 4, 9), (2, 4, 9)]]
+    expected = values_and_gradients(selective_scan, tensors, backwards)
+    assert {value.dtype for value in found.values()} == {dtype}
+    assert_agrees(found, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("why", ["on a CPU", "switched off", "in float64", "there is none", "compiled"])
+def test_where_no_kernel_can_be_used_pytorch_takes_its_place(monkeypatch, why):
+    def kernel(*tensors):
+        raise AssertionError("The kernel is called.")
+
+    dtype = torch.float64 if why == "in float64" else torch.float32
+    monkeypatch.setattr(module, "cuda_kernel", lambda: None if why == "there is none" else kernel)
+    monkeypatch.setattr(module, "USE_CUDA_KERNEL", why != "switched off")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: why == "compiled")
+    tensors = inputs(30, dtype=dtype)
+    found = selective_scan(*(tensors if why == "on a CPU" else on_a_gpu(tensors)))
+    torch.testing.assert_close(found, literal_scan(*tensors), check_dtype=True)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Installs packages by their name; those that this module looks for are not installed at first."""
+    cuda_kernel.cache_clear()
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface", "kernels"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def install(name: str, **content) -> None:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), SimpleNamespace(__path__=[]))
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+
+    yield install
+    cuda_kernel.cache_clear()
+
+
+def mamba_kernel() -> None:
+    """Stands for the one of the package mamba_ssm."""
+
+
+def hub_kernel() -> None:
+    """Stands for the one that the package kernels downloads."""
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    said = []
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    return said
+
+
+def test_no_kernel_is_installed(packages, warnings):
+    assert cuda_kernel() is None
+    assert not warnings
+
+
+def test_mamba_ssm_has_the_kernel(packages):
+    packages("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=mamba_kernel)
+    packages("kernels", get_kernel=None)
+    assert cuda_kernel() is mamba_kernel
+
+
+def test_the_hub_has_the_kernel(packages):
+    asked = []
+
+    def get_kernel(name, **which):
+        asked.append((name, which))
+        return SimpleNamespace(selective_scan_fn=hub_kernel)
+
+    packages("kernels", get_kernel=get_kernel)
+    assert cuda_kernel() is cuda_kernel() is hub_kernel
+    # Once, and a version by its number: what is on the Hub's main branch may change.
+    assert [name for name, _ in asked] == ["kernels-community/mamba-ssm"] and "version" in asked[0][1]
+
+
+@pytest.mark.parametrize("damage", [ImportError("undefined symbol"), OSError("libcudart.so.11.0 is missing")])
+def test_a_mamba_ssm_that_cannot_be_loaded_counts_as_none(packages, monkeypatch, damage):
+    import_module = module.importlib.import_module
+
+    def fails(name):
+        if name.startswith("mamba_ssm"):
+            raise damage
+        return import_module(name)
+
+    packages("kernels", get_kernel=lambda name, **which: SimpleNamespace(selective_scan_fn=hub_kernel))
+    monkeypatch.setattr(module.importlib, "import_module", fails)
+    assert cuda_kernel() is hub_kernel
+
+
+def test_a_kernel_that_the_hub_does_not_hand_out_is_mentioned_once(packages, warnings):
+    def get_kernel(name, **which):
+        raise ValueError("no build for torch 9.9")
+
+    packages("kernels", get_kernel=get_kernel)
+    assert cuda_kernel() is None and cuda_kernel() is None
+    (said,) = warnings
+    assert "PyTorch takes its place" in said and "no build for torch 9.9" in said
