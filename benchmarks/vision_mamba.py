@@ -143,7 +143,7 @@ def grow(preset: str, settings: Settings) -> list[dict[str, float]]:
 
 
 def measure_memory(run: Callable, preset: str, length: int, settings: Settings) -> float:
-    """MiB above an image of the model and its scorer: what building and running once takes, in a new process."""
+    """MiB that building the model and running it once take, in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_memory, run.__name__, preset, length, settings, torch.get_num_threads()).result()
 

@@ -6,6 +6,7 @@ processor's `preprocessor_config.json`. Nothing is written that was not loaded a
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from dart_hf.digits_on_photos import PHOTOGRAPHS
 from dart_hf.folders import check_unused, complete_folder
+from dart_hf.onnx_scan import replace_scans, scans_as_nodes
 from dart_hf.prediction import load_model
 
 # Format -> the program's file, and the packages that writing and checking it needs.
@@ -33,6 +35,8 @@ FORMATS = {"onnx": ("model.onnx", ("onnx", "onnxscript", "onnxruntime")), "torch
 TOLERANCE = 0.01
 # Root mean square of the difference that 8-bit weights and activations may make, as a share of the logits' own.
 INT8_TOLERANCE = 0.1
+# Modules whose linear layers never compute in 8 bits.
+IN_FLOAT32 = (".tokenizer", ".forward_scan", ".backward_scan")
 # Neither 0 nor 1, which the tracer takes for a constant.
 EXAMPLE_BATCH = 2
 
@@ -75,8 +79,8 @@ def export_model(
         format: `"onnx"` writes `model.onnx`, `"torch"` writes `model.pt2` for `torch.export.load`.
         num_patches: Token budget; the model's own without it.
         int8: Whether the encoder's linear layers compute in 8 bits (ONNX only). The ranges of their inputs are measured
-            over each batch, so that an image's logits depend a little on the other images. What decides on the regions
-            stays in float32.
+            over each batch, so that an image's logits depend a little on the other images. What decides on the regions,
+            and on Vision Mamba's time steps, stays in float32.
         progress: Whether to show a progress bar on a terminal.
 
     Raises:
@@ -99,7 +103,8 @@ def export_model(
 
     with tqdm(total=3, unit="step", leave=False, disable=None if progress else True) as bar:
         bar.set_description("Tracing")
-        program = _trace(model, input_shape)
+        with scans_as_nodes() if format == "onnx" else nullcontext():
+            program = _trace(model, input_shape)
         bar.update()
         with complete_folder(output) as folder:
             path = folder / FORMATS[format][0]
@@ -213,10 +218,14 @@ def _write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    import onnx
+
     names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     # The size is in the program already; this only names it.
     names["dynamic_shapes"] = {"pixel_values": {0: "batch"}}
-    torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path)
+    written = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    replace_scans(written)
+    onnx.save(written, path)
 
 
 def _quantise(path: Path, batches: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -253,6 +262,9 @@ def _quantise(path: Path, batches: list[torch.Tensor], expected: list[torch.Tens
 
 
 def _is_in_encoder(node: Any) -> bool:
-    """Whether an ONNX node comes from one of the encoder's layers. torch notes the modules that a node comes from."""
+    """Whether an ONNX node comes from one of the encoder's layers. torch notes the modules that a node comes from.
+
+    Vision Mamba's scans do not count: small time steps decide how far back a state remembers.
+    """
     modules = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
-    return ".layers." in modules and ".tokenizer." not in modules
+    return ".layers." in modules and not any(part in modules for part in IN_FLOAT32)

@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
+
+from dart_hf.modeling.modeling_dart_vim import DartVimTimeSteps
+
+# timm's sign for what goes with the layer before it.
+WITH_PREVIOUS = (99999,)
+DECAYING_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, DartVimTimeSteps)
 
 # timm's notation: parts of a model from its input to its output, by their parameters' names; what matches nothing (the
 # final norm and the heads) comes last. A name may have a wrapper's prefixes, e.g. `module.` or `_fsdp_wrapped_module.`.
@@ -17,7 +22,7 @@ DEPTHS = {
     "layers": [
         (r"(?:.*?\.)?stages\.(\d+)\.layers\.(\d+)\.", None),
         # The step down to the next stage goes with the layer before it.
-        (r"(?:.*?\.)?stages\.(\d+)\.downsample\.", MATCH_PREV_GROUP),
+        (r"(?:.*?\.)?stages\.(\d+)\.downsample\.", WITH_PREVIOUS),
         (r"(?:.*?\.)?layers\.(\d+)\.", None),
     ],
 }
@@ -61,9 +66,7 @@ def parameter_groups(
         raise ValueError("FSDP flattened the parameters, so they cannot be grouped; set fsdp_use_orig_params: true.")
 
     # By the kind of layer: FSDP may have flattened a matrix to one dimension.
-    decaying = {
-        id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
-    }
+    decaying = {id(module.weight) for module in model.modules() if isinstance(module, DECAYING_LAYERS)}
     members = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -477,6 +477,9 @@ def start_model(
         lacks_head = not model.num_labels or model.config.architectures == [type(model.base_model).__name__]
         new_head = arguments.new_head or lacks_head
         model = adapted(model, changes, data, new_head, repr(arguments.model))
+    size = (model.config.image_size, model.config.image_size)
+    example = torch.empty(1, model.config.num_channels, *size, device="meta")
+    model.base_model.tokenizer.check(example, model.config.num_patches)
     if arguments.image_size is not None or arguments.crop_pct is not None:
         _set_crop(image_processor, model.config.image_size, arguments.crop_pct)
     if arguments.scorer_weights is not None and model.scorer.is_dead:

@@ -192,7 +192,8 @@ class DartVimConfig(RegionTokenizerConfig):
         expand: How many times wider than a token the mixers' channels are.
         state_size: Numbers that each channel remembers.
         conv_kernel: Tokens that the convolution in front of a scan sees: the current one and those before it.
-        time_step_rank: Width of the bottleneck that the time step comes from; `None` for ⌈hidden_size / 16⌉.
+        time_step_rank: Width of the bottleneck that the time step comes from; `None` stands for ⌈hidden_size / 16⌉,
+            which then takes its place.
         time_step_min, time_step_max: Range of the time steps of a new model.
         layer_norm_eps: Of the RMSNorms.
         drop_path_rate: Of the last block; it grows linearly from the first.
@@ -300,6 +301,12 @@ class DartRmtConfig(RegionConfig):
             if width % (2 * heads):
                 raise ValueError(
                     f"hidden_sizes must be multiples of twice num_attention_heads, got {width} and {heads}."
+                )
+        for start, extent, heads in zip(self.decay_starts, self.decay_ranges, self.num_attention_heads, strict=True):
+            if min(start, start + extent * (heads - 1) / heads) <= 0:
+                raise ValueError(
+                    f"decay_starts and decay_ranges must leave every head above 0, got {start} and {extent} for "
+                    f"{heads} heads."
                 )
         if self.first_strip_edge < 0:
             raise ValueError(f"first_strip_edge must be at least 0, got {self.first_strip_edge}.")

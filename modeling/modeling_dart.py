@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart import DartConfig
@@ -23,7 +23,6 @@ from .modeling_dart_base import (
     ImageClassifierMixin,
     RegionPreTrainedModel,
     build_classifier,
-    check_labels,
     drop_path_rates,
     eager_attention_forward,
 )
@@ -236,52 +235,16 @@ class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):
         )
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        num_patches: int | None = None,
-        output_regions: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> DistilledImageClassifierOutput:
-        """Classify images.
+    def base_model_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"class_token_only": not self._returns_more_than_logits(kwargs)}
 
-        Args:
-            pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
-            labels: (B,) class indices (or what `config.problem_type` asks for); the loss is returned with them.
-            num_patches: Token budget N of this call; `config.num_patches` without it.
-            output_regions: Whether to return where the tokens are.
-
-        Returns:
-            `logits` (B, num_labels); `loss` with labels; `regions` on request. With a distillation head also
-            `cls_logits` and `distillation_logits` (B, num_labels), whose mean the logits are.
-
-        Raises:
-            ValueError: There is not one label per image; or see [`RegionPartitioner.check`].
-        """
-        check_labels(labels, pixel_values)
-        outputs: DartModelOutput = self.dart(
-            pixel_values,
-            num_patches=num_patches,
-            output_regions=output_regions,
-            class_token_only=not self._returns_more_than_logits(kwargs),
-            **kwargs,
-        )
+    def classify(self, outputs: DartModelOutput) -> DistilledImageClassifierOutput:
         logits = self.classifier(outputs.pooler_output)
-        cls_logits = distillation_logits = None
-        if self.distillation_classifier is not None:
-            cls_logits = logits
-            distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
-            logits = (cls_logits + distillation_logits) / 2
+        if self.distillation_classifier is None:
+            return DistilledImageClassifierOutput(logits=logits)
+        of_distillation_token = self.distillation_classifier(outputs.last_hidden_state[:, 1])
         return DistilledImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            regions=outputs.regions,
-            cls_logits=cls_logits,
-            distillation_logits=distillation_logits,
+            logits=(logits + of_distillation_token) / 2, cls_logits=logits, distillation_logits=of_distillation_token
         )
 
     def _returns_more_than_logits(self, kwargs: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What every DART model has, whatever its encoder: loading, the scorer's freezing, outputs, a classifier."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,28 +154,37 @@ class ImageClassifierMixin:
         Raises:
             ValueError: There is not one label per image; or see [`RegionPartitioner.check`].
         """
-        check_labels(labels, pixel_values)
-        outputs = self.base_model(pixel_values, num_patches=num_patches, output_regions=output_regions, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        return DartImageClassifierOutput(
-            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            regions=outputs.regions,
+        if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
+            raise ValueError(
+                f"labels must have one entry per image, got shape {tuple(labels.shape)} for "
+                f"{pixel_values.shape[0]} images."
+            )
+        outputs = self.base_model(
+            pixel_values,
+            num_patches=num_patches,
+            output_regions=output_regions,
+            **self.base_model_arguments(kwargs),
+            **kwargs,
         )
+        classified = self.classify(outputs)
+        if labels is not None:
+            classified.loss = self.loss_function(labels, classified.logits, self.config, **kwargs)
+        classified.hidden_states = outputs.hidden_states
+        classified.attentions = outputs.attentions
+        classified.regions = outputs.regions
+        return classified
+
+    def base_model_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What else the base model is to be told in a call with these other arguments."""
+        return {}
+
+    def classify(self, outputs: DartModelOutput) -> DartImageClassifierOutput:
+        """The logits of what the base model returns."""
+        return DartImageClassifierOutput(logits=self.classifier(outputs.pooler_output))
 
 
 def build_classifier(num_features: int, num_labels: int) -> nn.Module:
     return nn.Linear(num_features, num_labels) if num_labels > 0 else nn.Identity()
-
-
-def check_labels(labels: torch.Tensor | None, pixel_values: torch.Tensor) -> None:
-    """Raise a ValueError unless there is one label per image, or none at all."""
-    if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
-        raise ValueError(
-            f"labels must have one entry per image, got shape {tuple(labels.shape)} for {pixel_values.shape[0]} images."
-        )
 
 
 def drop_path_rates(highest: float, num_layers: int) -> list[float]:

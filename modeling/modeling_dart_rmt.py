@@ -87,7 +87,7 @@ class DartRmtConvolution(nn.Module):
 
 
 class DartRmtStem(nn.Module):
-    """Four convolutions, two of them strided: images (B, 3, H, W) -> a map (B, C, ⌈H/4⌉, ⌈W/4⌉)."""
+    """Four convolutions, two of them strided: images (B, c, H, W) -> a map (B, C, ⌈H/4⌉, ⌈W/4⌉)."""
 
     def __init__(self, config: DartRmtConfig) -> None:
         super().__init__()
@@ -338,14 +338,15 @@ class DartRmtModel(DartRmtPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: (B, 3, H, W), floating point, normalised as [`DartImageProcessor`] does.
+            pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
             num_patches: Number R·C of the regions of this call; `config.num_patches` without it.
             output_regions: Whether to return where the regions are.
 
         Returns:
             `last_hidden_state` (B, C, h, w), the last stage's map; `pooler_output` (B, projection_size), its mean over
             the positions after a projection; `regions` on request. `hidden_states`, on request, are maps (B, C, h, w):
-            the stem's, and what each stage hands on to the next, which is half as high and wide.
+            the stem's, and what each stage hands on to the next, which is half as high and wide. There are no
+            attentions.
 
         Raises:
             ValueError: See [`ImageRebuilder.check`].
@@ -359,7 +360,7 @@ class DartRmtModel(DartRmtPreTrainedModel):
         )
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Rebuilt images (B, 3, 16·R, 16·C), or any others -> the last stage's map (B, C, h, w)."""
+        """Rebuilt images (B, c, P·R, P·C), or any others -> the last stage's map (B, C, h, w)."""
         # In this layout a map (B, C, h, w) is a view of (B, h, w, C).
         features = self.stem(channels_last(images))
         for stage in self.stages:

@@ -5,7 +5,7 @@ import math
 import torch
 from timm.layers import DropPath
 from torch import nn
-from torch.nn.functional import conv2d, linear, silu, softplus
+from torch.nn.functional import conv2d, linear, rms_norm, silu, softplus
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
@@ -41,11 +41,17 @@ class DartVimConvolution(nn.Conv1d):
         return convolved[:, :, 0, first : first + length].transpose(1, 2)
 
 
-class DartVimTimeSteps(nn.Linear):
+class DartVimTimeSteps(nn.Module):
     """Time steps of each channel: (B, L, rank) -> Δ (B, L, E), in float32 at least.
 
-    With the rates of decay they decide how far back a state remembers, which half precision would blur.
+    With the rates of decay they decide how far back a state remembers, which half precision would blur. This is no
+    `nn.Linear`, which others might extend or replace as if it were linear.
     """
+
+    def __init__(self, rank: int, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_channels, rank))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         delta = linear(x, self.weight)
@@ -55,6 +61,14 @@ class DartVimTimeSteps(nn.Linear):
 
 class DartVimOutput(nn.Linear):
     """What a mixer adds to the residual stream. Loading initialises by the class of what has the missing weight."""
+
+
+class DartVimNorm(nn.RMSNorm):
+    """RMSNorm of what is summed in more precision than the weights have, which the result has."""
+
+    def forward(self, residual: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(residual.dtype)
+        return rms_norm(residual, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
 
 class DartVimScan(nn.Module):
@@ -99,17 +113,16 @@ class DartVimMixer(nn.Module):
 
 
 class DartVimLayer(GradientCheckpointingLayer):
-    """Pre-norm block with stochastic depth. (B, L, D) -> (B, L, D), in float32 at least."""
+    """Pre-norm block with stochastic depth. (B, L, D) -> (B, L, D), in the precision of its input."""
 
     def __init__(self, config: DartVimConfig, drop_path_rate: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = DartVimNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mixer = DartVimMixer(config)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, residual: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        hidden_states = self.norm(residual.to(self.norm.weight.dtype))
-        return residual + self.drop_path(self.mixer(hidden_states))
+        return residual + self.drop_path(self.mixer(self.norm(residual)))
 
 
 class DartVimPreTrainedModel(RegionPreTrainedModel):
@@ -147,7 +160,7 @@ class DartVimPreTrainedModel(RegionPreTrainedModel):
 
     def _init_time_steps(self, module: DartVimTimeSteps) -> None:
         """As in Mamba: spread evenly over the logarithms of their range."""
-        bound = module.in_features**-0.5
+        bound = module.weight.shape[1] ** -0.5
         init.uniform_(module.weight, -bound, bound)
         logarithms = torch.empty_like(module.bias, dtype=torch.float32)
         logarithms.uniform_(math.log(self.config.time_step_min), math.log(self.config.time_step_max))
@@ -166,7 +179,7 @@ class DartVimModel(DartVimPreTrainedModel):
         self.layers = nn.ModuleList(
             DartVimLayer(config, rate) for rate in drop_path_rates(config.drop_path_rate, config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = DartVimNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -187,7 +200,7 @@ class DartVimModel(DartVimPreTrainedModel):
 
         Returns:
             `last_hidden_state` (B, N + 1, D): the regions in their order, and the class token in the middle, at place
-            ⌊N/2⌋. `pooler_output` (B, D), the normalised class token; `regions` on request.
+            ⌊N/2⌋. `pooler_output` (B, D), the normalised class token; `regions` on request. There are no attentions.
 
         Raises:
             ValueError: See [`RegionPartitioner.check`].
@@ -212,7 +225,7 @@ class DartVimModel(DartVimPreTrainedModel):
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         for layer in self.layers:
             residual = layer(residual, **kwargs)
-        return self.norm(residual.to(self.norm.weight.dtype))
+        return self.norm(residual)
 
 
 class DartVimForImageClassification(ImageClassifierMixin, DartVimPreTrainedModel):

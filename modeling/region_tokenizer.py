@@ -101,7 +101,8 @@ class RegionTokenizer(RegionPartitioner):
         # Convolutions run faster in this layout, and sampling reads whole rows of it.
         pixel_values = channels_last(pixel_values)
         regions = self.regions(pixel_values, num_patches)
-        return self.embed(pixel_values, regions), self.position_embeddings[:, :1], regions
+        # A copy: FSDP takes the table's memory away when this unit is done.
+        return self.embed(pixel_values, regions), self.position_embeddings[:, :1].clone(), regions
 
     def embed(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
         """The tokens of the regions of (B, C, H, W), with their positions added: (B, N, D)."""

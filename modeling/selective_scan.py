@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +31,7 @@ USE_CUDA_KERNEL = True
 # How many numbers of the states (images × tokens × states × channels) are in memory at once: few enough to stay in a
 # CPU's cache, enough to fill a GPU.
 CPU_BLOCK = 2**20
+# In float32 256 MiB, of which a gradient takes five.
 GPU_BLOCK = 2**26
 
 
@@ -38,7 +41,7 @@ def selective_scan(
     """Scan sequences, in float32 at least.
 
     Time and memory grow linearly with L. The states, S times as large as x, are not kept for the gradient but computed
-    again.
+    again. There is a first derivative only. Under `torch.compile` every length has a graph of its own.
 
     Args:
         x: (batch, L, E), the values.
@@ -52,8 +55,11 @@ def selective_scan(
     """
     sequences = [tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, delta, B, C)]
     A = A.to(sequences[0].dtype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_torchdynamo_exporting() or torch.jit.is_tracing():
         return _scan_in_graph(*sequences, _rates(A), backwards).to(x.dtype)
+    if torch.compiler.is_compiling():
+        # A compiler would keep the states for the gradient.
+        return checkpoint(_scan_in_graph, *sequences, _rates(A), backwards, use_reentrant=False).to(x.dtype)
     if x.is_cuda and A.dtype == torch.float32 and USE_CUDA_KERNEL and cuda_kernel() is not None:
         return _scan_by_kernel(cuda_kernel(), *sequences, A, backwards).to(x.dtype)
     return _BlockwiseScan.apply(*sequences, _rates(A), backwards).to(x.dtype)
@@ -62,20 +68,24 @@ def selective_scan(
 @functools.cache
 def cuda_kernel() -> Callable | None:
     """mamba_ssm's `selective_scan_fn`: from that package, or else from the Hub by the package `kernels`; or None."""
-    try:
-        return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    except (ImportError, OSError):
-        pass
-    try:
-        kernels = importlib.import_module("kernels")
-    except ImportError:
-        return None
-    try:
-        return kernels.get_kernel("kernels-community/mamba-ssm", version=1).selective_scan_fn
-    except Exception as error:
-        # Whatever keeps a kernel of somebody else's from loading here, there is another way.
-        logger.warning(f"The CUDA kernel kernels-community/mamba-ssm cannot be used, PyTorch takes its place: {error}")
-        return None
+    for package, load in (("mamba_ssm", _kernel_of_mamba_ssm), ("kernels", _kernel_of_the_hub)):
+        try:
+            return load()
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:
+            # Whatever keeps a kernel of somebody else's from loading here, there is another way.
+            logger.warning(f"The CUDA kernel that the package {package} has cannot be used: {error}")
+    return None
+
+
+def _kernel_of_mamba_ssm() -> Callable:
+    return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+
+def _kernel_of_the_hub() -> Callable:
+    # The version that transformers 5.23 takes for its own Mamba.
+    return importlib.import_module("kernels").get_kernel("kernels-community/mamba-ssm", version=4).selective_scan_fn
 
 
 def _scan_by_kernel(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
+from tiny_models import ENCODERS, tiny_classifier
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.digits_on_photos import digits_on_photos
@@ -116,5 +117,12 @@ def test_accelerate_reads_the_configurations(name):
     config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
     assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp": "FSDP"}[name]
     if name == "fsdp":
-        wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
-        assert set(wrapped) == set(DartForImageClassification._no_split_modules)
+        # Left to each model.
+        assert "fsdp_transformer_layer_cls_to_wrap" not in config.fsdp_config
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_the_units_of_fsdp_are_modules_of_the_model(model_type):
+    model = tiny_classifier(model_type=model_type)
+    found = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= found and "RegionScorer" in model._no_split_modules

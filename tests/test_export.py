@@ -1,5 +1,6 @@
 """Exported programs: loaded again they compute what the model computes; what goes wrong writes nothing."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import skimage
 import torch
 from PIL import Image
+from tiny_models import ENCODERS, tiny_classifier
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ import dart_hf.export
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
 from dart_hf.cli import app
 from dart_hf.export import Export, export_model
+from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 
 SIDE = 64
 LABELS = ["ant", "bee", "cicada", "dragonfly"]
@@ -24,24 +27,13 @@ LABELS = ["ant", "bee", "cicada", "dragonfly"]
 TOLERANCE = 2e-3
 
 
-def save_model(folder: Path, statistics: bool = True, dtype: torch.dtype = torch.float32, **settings) -> Path:
+def save_model(
+    folder: Path, model_type: str = "dart", statistics: bool = True, dtype: torch.dtype = torch.float32, **settings
+) -> Path:
     """The folder of a small model and its image processor."""
-    torch.manual_seed(0)
-    defaults = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": SIDE,
-        "patch_size": 4,
-        "num_patches": 9,
-        "scorer": "conv",
-        # Weights of order one, so that the regions matter for the logits.
-        "initializer_range": 0.3,
-        "id2label": dict(enumerate(LABELS)),
-        "label2id": {label: index for index, label in enumerate(LABELS)},
-    }
-    model = DartForImageClassification(DartConfig(**{**defaults, **settings}))
+    # Weights of order one, so that the regions matter for the logits.
+    defaults = {"image_size": SIDE, "score_normalization": "running", "initializer_range": 0.3}
+    model = tiny_classifier(LABELS, model_type, **{**defaults, **settings})
     if model.config.scorer != "conv":
         give_trunk_weights(model)
     if statistics:
@@ -52,7 +44,7 @@ def save_model(folder: Path, statistics: bool = True, dtype: torch.dtype = torch
 
 
 @torch.no_grad()
-def give_trunk_weights(model: DartForImageClassification) -> None:
+def give_trunk_weights(model: RegionPreTrainedModel) -> None:
     """Make a random trunk respond to images: without statistics its features are rounding noise."""
     norms = [module for module in model.scorer.trunk.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
@@ -82,14 +74,25 @@ def model_logits(folder: Path, images: torch.Tensor, **settings) -> torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+def in_onnx(tmp_path_factory) -> Callable[[str], tuple[Path, Export]]:
+    """Model type -> the folder of a model, and that model in ONNX."""
+
+    @functools.cache
+    def export(model_type: str) -> tuple[Path, Export]:
+        folder = save_model(tmp_path_factory.mktemp("model"), model_type)
+        return folder, export_model(folder, tmp_path_factory.mktemp("exported"))
+
+    return export
 
 
-@pytest.fixture(scope="module")
-def exported(model_folder, tmp_path_factory) -> Export:
-    """That model in ONNX."""
-    return export_model(model_folder, tmp_path_factory.mktemp("exported"))
+@pytest.fixture
+def model_folder(in_onnx) -> Path:
+    return in_onnx("dart")[0]
+
+
+@pytest.fixture
+def exported(in_onnx) -> Export:
+    return in_onnx("dart")[1]
 
 
 def test_an_export_is_a_folder_with_program_labels_and_preprocessing(exported, model_folder):
@@ -115,7 +118,9 @@ def test_an_export_is_a_folder_with_program_labels_and_preprocessing(exported, m
     torch.testing.assert_close(program(exported.path)(photograph), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_any_number_of_images_gives_what_each_gives_alone(exported, model_folder):
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_any_number_of_images_gives_what_each_gives_alone(in_onnx, model_type):
+    model_folder, exported = in_onnx(model_type)
     run, images = program(exported.path), pixels(7)
     expected = model_logits(model_folder, images)
     assert expected.std(dim=0).min() > 0.05, "the images must differ for the comparison to mean something"
@@ -140,6 +145,8 @@ def test_an_image_that_cannot_be_scored_gets_the_uniform_partition(exported, mod
         ("onnx", {"partition": "grid", "statistics": False}),
         ("torch", {"partition": "uniform"}),
         ("torch", {"score_normalization": "image", "scorer_head": "v2"}),
+        ("torch", {"model_type": "dart_vim"}),
+        ("torch", {"model_type": "dart_rmt", "first_strip_edge": 2}),
     ],
 )
 def test_agrees_with_the_model(tmp_path, format, settings):
@@ -178,7 +185,18 @@ def test_the_size_is_what_the_image_processor_makes(tmp_path, settings, expected
     assert program(exported.path)(torch.zeros(3, *expected)).shape == (3, len(LABELS))
 
 
-def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, model_folder, exported):
+@pytest.mark.parametrize(
+    ("model_type", "outputs"),
+    [
+        # Query, key, value, output and two of the MLP; neither the scorer nor the classifier.
+        ("dart", [32] * 6),
+        # Of a mixer what goes in and what comes out; not what the time steps come from.
+        ("dart_vim", [128, 32]),
+        ("dart_rmt", [16] * 4 + [32, 16] + [32] * 4 + [64, 32]),
+    ],
+)
+def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, in_onnx, model_type, outputs):
+    model_folder, exported = in_onnx(model_type)
     single = exported.path.stat().st_size
     monkeypatch.setattr(
         dart_hf.export, "_write_onnx", lambda program, path: path.write_bytes(exported.path.read_bytes())
@@ -186,11 +204,10 @@ def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, model_folder
     done = export_model(model_folder, tmp_path / "out", int8=True)
     assert done.path.stat().st_size < single
     graph = onnx.load(done.path).graph
-    # Query, key, value, output and two of the MLP in each of two layers; the scorer and the classifier are not.
-    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 12
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == len(outputs)
     # Every output of a layer has a scale of its own.
     scales = [constant for constant in graph.initializer if constant.name.endswith("_scale")]
-    assert sorted(scale.dims[0] for scale in scales if scale.dims) == [32] * 10 + [64] * 2
+    assert sorted(scale.dims[0] for scale in scales if scale.dims) == sorted(outputs)
     images = pixels(5)
     found, expected = program(done.path)(images), model_logits(model_folder, images)
     share = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
@@ -198,14 +215,19 @@ def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, model_folder
     assert 1e-3 < done.int8_deviation < 0.05
     assert done.deviation == pytest.approx(exported.deviation)
 
+
+def test_int8_without_a_layer_or_too_far_off_is_refused(tmp_path, monkeypatch, model_folder, exported):
+    monkeypatch.setattr(
+        dart_hf.export, "_write_onnx", lambda program, path: path.write_bytes(exported.path.read_bytes())
+    )
     with monkeypatch.context() as patch:
         patch.setattr(dart_hf.export, "_is_in_encoder", lambda node: False)
         with pytest.raises(ValueError, match="int8 finds no linear layer of the encoder"):
             export_model(model_folder, tmp_path / "refused", int8=True)
-    monkeypatch.setattr(dart_hf.export, "INT8_TOLERANCE", done.int8_deviation / 2)
+    monkeypatch.setattr(dart_hf.export, "INT8_TOLERANCE", 1e-3)
     with pytest.raises(ValueError, match=r"int8 changes the logits by .*nothing was written"):
         export_model(model_folder, tmp_path / "refused", int8=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("format", "value"), [("onnx", torch.nan), ("torch", 0.1)])

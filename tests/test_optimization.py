@@ -243,7 +243,7 @@ def test_the_depths_of_a_vision_mamba():
     groups = grouped(DartVimForImageClassification(config))
     assert groups["depth_0_no_decay"] >= {"dart_vim.cls_token", "dart_vim.tokenizer.position_embeddings"}
     mixer = "dart_vim.layers.1.mixer"
-    assert f"{mixer}.in_proj.weight" in groups["depth_2"]
+    assert {f"{mixer}.in_proj.weight", f"{mixer}.backward_scan.dt_proj.weight"} <= groups["depth_2"]
     # Rates of decay are no weights of a layer.
     assert {f"{mixer}.forward_scan.{name}" for name in ("A_log", "D")} <= groups["depth_2_no_decay"]
     assert groups["depth_3"] == {"classifier.weight"}

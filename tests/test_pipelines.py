@@ -7,6 +7,7 @@ import pytest
 import skimage
 import torch
 from PIL import Image
+from tiny_models import tiny_classifier
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,7 +17,24 @@ from transformers import (
     pipeline,
 )
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
+from dart_hf import (
+    DartConfig,
+    DartForImageClassification,
+    DartImageProcessor,
+    DartModel,
+    DartRmtConfig,
+    DartRmtForImageClassification,
+    DartRmtModel,
+    DartVimConfig,
+    DartVimForImageClassification,
+    DartVimModel,
+)
+
+CLASSES = {
+    "dart": (DartConfig, DartModel, DartForImageClassification),
+    "dart_vim": (DartVimConfig, DartVimModel, DartVimForImageClassification),
+    "dart_rmt": (DartRmtConfig, DartRmtModel, DartRmtForImageClassification),
+}
 
 LABELS = ["ant", "bee", "cicada", "dragonfly", "earwig"]
 SIDE = 64
@@ -34,25 +52,19 @@ def pictures() -> list[Image.Image]:
     return [*photographs, photographs[0].rotate(90), photographs[1].resize((90, 120))]
 
 
+@pytest.fixture(scope="module", params=CLASSES)
+def model_type(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]) -> Callable[[str], Path]:
+def saved(
+    model_type: str, tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]
+) -> Callable[[str], Path]:
     """Score normalisation -> the folder of a model, all of them with the same weights, and of its image processor."""
-    torch.manual_seed(0)
-    config = DartConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=SIDE,
-        patch_size=8,
-        num_patches=NUM_PATCHES,
-        scorer="conv",
-        # Weights of order one, so that the regions matter for the logits.
-        initializer_range=0.3,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: index for index, label in enumerate(LABELS)},
-    )
-    model = DartForImageClassification(config)
+    # Weights of order one, so that the regions matter for the logits.
+    settings = {"image_size": SIDE, "patch_size": 8, "num_patches": NUM_PATCHES, "initializer_range": 0.3}
+    model = tiny_classifier(LABELS, model_type, score_normalization="running", **settings)
     processor = DartImageProcessor(size={"shortest_edge": 72}, crop_size={"height": SIDE, "width": SIDE})
     # One step in training mode gives the scorer its running statistics.
     model.train()(**processor(pictures, return_tensors="pt"))
@@ -86,17 +98,19 @@ def logits_of(folder: Path, pictures: list[Image.Image], batch_size: int) -> tor
     return torch.tensor([[answer[label] for label in LABELS] for answer in answers])
 
 
-def test_auto_classes_resolve_to_ours(saved):
+def test_auto_classes_resolve_to_ours(model_type, saved):
     folder = saved("running")
-    assert type(AutoConfig.from_pretrained(folder)) is DartConfig
+    config, model, classifier = CLASSES[model_type]
+    assert type(AutoConfig.from_pretrained(folder)) is config
     assert type(AutoImageProcessor.from_pretrained(folder)) is DartImageProcessor
-    assert type(AutoModel.from_pretrained(folder)) is DartModel
-    assert type(AutoModelForImageClassification.from_pretrained(folder)) is DartForImageClassification
+    assert type(AutoModel.from_pretrained(folder)) is model
+    assert type(AutoModelForImageClassification.from_pretrained(folder)) is classifier
 
 
-def test_pipelines_load_ours(classify, extract):
-    assert type(classify.model) is DartForImageClassification
-    assert type(extract.model) is DartModel
+def test_pipelines_load_ours(model_type, classify, extract):
+    _, model, classifier = CLASSES[model_type]
+    assert type(classify.model) is classifier
+    assert type(extract.model) is model
     assert type(classify.image_processor) is type(extract.image_processor) is DartImageProcessor
 
 
@@ -133,14 +147,24 @@ def test_top_k(classify, pictures, top_k):
     assert classify(pictures[0], top_k=top_k) == every[:top_k]
 
 
-def test_features(extract, classify, pictures):
-    tokens = extract(pictures[0], return_tensors=True)
-    assert tokens.shape == (1, 1 + NUM_PATCHES, 32)
+def test_features(model_type, extract, pictures):
+    """Tokens with the class token among them; of RMT a map, which two stages make of an image of 24×32 pixels."""
+    features = extract(pictures[0], return_tensors=True)
     pooled = extract(pictures[0], pool=True, return_tensors=True)
-    torch.testing.assert_close(pooled, tokens[:, 0])
+    assert pooled.shape == (1, 32)
+    if model_type == "dart_rmt":
+        assert features.shape == (1, 32, 3, 4)
+    else:
+        class_token = {"dart": 0, "dart_vim": NUM_PATCHES // 2}[model_type]
+        assert features.shape == (1, NUM_PATCHES + 1, 32)
+        torch.testing.assert_close(pooled, features[:, class_token])
+
+
+def test_pooled_features_are_what_the_classifier_reads(extract, classify, pictures):
     with torch.no_grad():
-        logits = classify.model.classifier(pooled)[0]
-    assert classify(pictures[0], top_k=1)[0]["label"] == LABELS[logits.argmax()]
+        logits = classify.model.classifier(extract(pictures[0], pool=True, return_tensors=True))[0]
+    answer = {entry["label"]: entry["score"] for entry in classify(pictures[0])}
+    assert answer == pytest.approx(dict(zip(LABELS, logits.softmax(dim=0).tolist(), strict=True)), rel=1e-4)
 
 
 @pytest.mark.parametrize("normalization", ["running", "image"])

@@ -8,29 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import ENCODERS, tiny_classifier
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf import DartImageProcessor
 
 SCRIPT = Path(__file__).with_name("without_dart_hf.py")
 
 
-@pytest.fixture(scope="module")
-def model() -> DartForImageClassification:
-    torch.manual_seed(0)
-    config = DartConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, patch_size=4, num_patches=9,
-        scorer="conv", num_labels=3,
-    )  # fmt: skip
-    return DartForImageClassification(config).eval()
-
-
-def test_a_bare_model_names_its_code(model, tmp_path):
-    model.dart.save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("model_type", "config_class", "model_class"),
+    [
+        ("dart", "configuration_dart.DartConfig", "modeling_dart.DartModel"),
+        ("dart_vim", "configuration_dart.DartVimConfig", "modeling_dart_vim.DartVimModel"),
+        ("dart_rmt", "configuration_dart.DartRmtConfig", "modeling_dart_rmt.DartRmtModel"),
+    ],
+)
+def test_a_bare_model_names_its_code(model_type, config_class, model_class, tmp_path):
+    tiny_classifier(model_type=model_type).base_model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map == {"AutoConfig": "configuration_dart.DartConfig", "AutoModel": "modeling_dart.DartModel"}
+    assert auto_map == {"AutoConfig": config_class, "AutoModel": model_class}
 
 
-def test_loads_without_dart_hf(model, tmp_path):
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_loads_without_dart_hf(model_type, tmp_path):
+    model = tiny_classifier(("ant", "bee", "cicada"), model_type)
     folder, resaved = tmp_path / "saved", tmp_path / "resaved"
     model.save_pretrained(folder)
     DartImageProcessor().save_pretrained(folder)
@@ -48,7 +49,7 @@ def test_loads_without_dart_hf(model, tmp_path):
     pixels = torch.linspace(-1, 1, 3 * 32 * 32).sin().view(1, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixels).logits[0]
-        pooled = model.dart(pixels).pooler_output[0]
+        pooled = model.base_model(pixels).pooler_output[0]
     assert found["classes"] == ["transformers_modules"] * 3
     torch.testing.assert_close(torch.tensor(found["logits"]), expected)
     torch.testing.assert_close(torch.tensor(found["again"]), expected)

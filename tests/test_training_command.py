@@ -462,6 +462,11 @@ def test_a_head_of_other_classes_is_replaced_only_if_asked_for(start, starting, 
         assert torch.equal(renewed.dart.layernorm.weight, model.dart.layernorm.weight)
 
 
+def test_a_budget_that_fills_no_grid_is_refused_before_training(starting):
+    with pytest.raises(ValueError, match=r"num_patches=200 does not fill the 14 rows .* are 196 and 210"):
+        starting(ModelArguments(preset="rmt-small", num_patches=200, image_size=448))
+
+
 def test_a_model_without_a_head_gets_one(start, starting, tmp_path):
     model, processor = load_model(start)
     model.dart.save_pretrained(tmp_path)

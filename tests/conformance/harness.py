@@ -4,7 +4,7 @@ import functools
 import random
 import unittest
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -153,21 +153,21 @@ def names_of_tests(test_cases: dict[str, type[unittest.TestCase]]) -> list[str]:
 
 
 @contextmanager
-def entered_in_name_mappings(subject: Subject) -> Iterator[None]:
-    """Enter a subject where transformers' tests look for the names of the classes that they are meant for."""
-    model, classifier, processor = subject.model_class, subject.classifier_class, subject.image_processor_class
+def entered_in_name_mappings(subjects: Iterable[Subject]) -> Iterator[None]:
+    """Enter subjects where transformers' tests look for the names of the classes that they are meant for."""
+    models = {subject.model_type: subject.model_class.__name__ for subject in subjects}
+    classifiers = {subject.model_type: subject.classifier_class.__name__ for subject in subjects}
+    processors = {subject.image_processor_class.__name__: subject.image_processor_class for subject in subjects}
     with (
-        patch.dict(modeling_auto.MODEL_MAPPING_NAMES, {subject.model_type: model.__name__}),
-        patch.dict(
-            modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, {subject.model_type: classifier.__name__}
-        ),
-        patch.object(transformers, processor.__name__, processor, create=True),
+        patch.dict(modeling_auto.MODEL_MAPPING_NAMES, models),
+        patch.dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, classifiers),
+        patch.multiple(transformers, create=True, **processors),
     ):
         yield
 
 
 @contextmanager
-def tiny_models(suites: Suites, folder: Any, subjects: list[Subject]) -> Iterator[None]:
+def tiny_models(suites: Suites, folder: Any, subjects: Iterable[Subject]) -> Iterator[None]:
     """Give the pipeline suite tiny models of a local folder in place of those of the Hub."""
     summary: dict[str, Any] = {}
     for subject in subjects:

@@ -61,12 +61,12 @@ class ImageFeatureExtractionPipelineTests(_ImagePipelineTests):
     pipeline_class = ImageFeatureExtractionPipeline
 
     def run_pipeline_test(self, pipeline: Pipeline, examples: list[Any]) -> None:
-        width = pipeline.model.config.hidden_size
-        tokens = pipeline(examples[0], return_tensors=True)
-        assert tokens.shape[0] == 1
-        assert tokens.shape[1] > 1
-        assert tokens.shape[2] == width
-        assert tokens.isfinite().all()
-        assert pipeline(examples[0], pool=True, return_tensors=True).shape == (1, width)
+        inputs = pipeline.image_processor(examples[0], return_tensors="pt").to(pipeline.dtype)
+        with torch.no_grad():
+            expected = pipeline.model(**inputs)
+        features = pipeline(examples[0], return_tensors=True)
+        assert features.isfinite().all()
+        assert torch.equal(features, expected.last_hidden_state)
+        assert torch.equal(pipeline(examples[0], pool=True, return_tensors=True), expected.pooler_output)
         nested = pipeline(examples, batch_size=2)
-        assert [np.shape(answer) for answer in nested] == [tuple(tokens.shape)] * len(examples)
+        assert [np.shape(answer) for answer in nested] == [tuple(features.shape)] * len(examples)

@@ -1,9 +1,11 @@
 """What runs in transformers' suites: our classes and, as the control, transformers' own ViT, by the same code."""
 
+import copy
 import unittest
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -11,7 +13,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 from transformers.testing_utils import torch_device
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
+from dart_hf import (
+    DartConfig,
+    DartForImageClassification,
+    DartImageProcessor,
+    DartModel,
+    DartRmtConfig,
+    DartRmtForImageClassification,
+    DartRmtModel,
+    DartVimConfig,
+    DartVimForImageClassification,
+    DartVimModel,
+)
 
 from .suites import Suites
 
@@ -25,7 +38,10 @@ class Subject:
     Args:
         image_processors: Image processor class per backend, the one that a checkpoint names first.
         settings: Of a configuration small enough for the suites.
-        num_tokens: That such a model has, the class token counted.
+        num_layers: How many layers, or stages, of such a model record their hidden states.
+        hidden_state_sizes: Last two sizes of the first of them: of tokens and of their channels, or of a map.
+        has_attention: Whether there is an attention whose implementation can be chosen.
+        returns_attentions: Whether its weights are returned.
         batching_tolerance: By how much an image's float32 results may differ alone and in a batch.
     """
 
@@ -34,7 +50,10 @@ class Subject:
     classifier_class: type[PreTrainedModel]
     image_processors: dict[str, type]
     settings: dict[str, Any]
-    num_tokens: int
+    num_layers: int
+    hidden_state_sizes: tuple[int, int]
+    has_attention: bool = True
+    returns_attentions: bool = True
     batching_tolerance: float = 1e-5
 
     @property
@@ -64,25 +83,61 @@ class Subject:
         return {model_class.__name__: entry for model_class in self.model_classes}
 
 
-ENCODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 37,
-    "image_size": IMAGE_SIZE,
-    "patch_size": 8,
-    "num_labels": 3,
-}
-OURS = Subject(
+SHARED = {"image_size": IMAGE_SIZE, "num_labels": 3}
+TRANSFORMER = {"num_attention_heads": 4, "intermediate_size": 37}
+TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "patch_size": 8}
+REGIONS = {"num_patches": 10, "score_grid_size": 4, "scorer": "conv"}
+# The rounding of a score moves an edge, and with it what the patches on noise see: by 5e-5 in 60 trials.
+REGIONS_BATCHING_TOLERANCE = 5e-4
+
+DART = Subject(
     config_class=DartConfig,
     model_class=DartModel,
     classifier_class=DartForImageClassification,
     image_processors={"torchvision": DartImageProcessor},
-    settings={**ENCODER, "num_patches": 10, "score_grid_size": 4, "scorer": "conv"},
-    num_tokens=11,
-    # The rounding of a score moves an edge, and with it what the patches on noise see: by 5e-5 in 60 trials.
-    batching_tolerance=5e-4,
+    settings={**SHARED, **TRANSFORMER, **TOKENS, **REGIONS},
+    num_layers=2,
+    hidden_state_sizes=(11, 32),
+    batching_tolerance=REGIONS_BATCHING_TOLERANCE,
 )
+DART_VIM = Subject(
+    config_class=DartVimConfig,
+    model_class=DartVimModel,
+    classifier_class=DartVimForImageClassification,
+    image_processors={"torchvision": DartImageProcessor},
+    settings={**SHARED, **TOKENS, **REGIONS, "state_size": 4},
+    num_layers=2,
+    hidden_state_sizes=(11, 32),
+    has_attention=False,
+    returns_attentions=False,
+    batching_tolerance=REGIONS_BATCHING_TOLERANCE,
+)
+DART_RMT = Subject(
+    config_class=DartRmtConfig,
+    model_class=DartRmtModel,
+    classifier_class=DartRmtForImageClassification,
+    image_processors={"torchvision": DartImageProcessor},
+    settings={
+        **SHARED,
+        **REGIONS,
+        "patch_size": 8,
+        "num_patches": 16,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "num_attention_heads": [2, 4],
+        "mlp_ratios": [2, 2],
+        "decay_starts": [2, 2],
+        "decay_ranges": [4, 6],
+        "chunkwise": [True, False],
+        "layer_scale": [False, True],
+        "projection_size": 24,
+    },
+    num_layers=2,
+    hidden_state_sizes=(8, 8),
+    returns_attentions=False,
+    batching_tolerance=REGIONS_BATCHING_TOLERANCE,
+)
+OURS = (DART, DART_VIM, DART_RMT)
 CONTROL = Subject(
     config_class=ViTConfig,
     model_class=ViTModel,
@@ -91,8 +146,9 @@ CONTROL = Subject(
         "torchvision": transformers.ViTImageProcessor,
         "pil": transformers.ViTImageProcessorPil,
     },
-    settings=ENCODER,
-    num_tokens=17,
+    settings={**SHARED, **TRANSFORMER, **TOKENS},
+    num_layers=2,
+    hidden_state_sizes=(17, 32),
 )
 
 
@@ -111,14 +167,16 @@ class ModelTester:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.batch_size = 5
-        self.seq_length = subject.num_tokens
         self.is_training = True
         self.sequence_classification_class = subject.classifier_class
+        for name, value in subject.settings.items():
+            setattr(self, name, value)
+        # By these names the suites know the sizes of hidden states, also where they are maps.
+        self.num_hidden_layers = subject.num_layers
+        self.seq_length, self.hidden_size = subject.hidden_state_sizes
         # Of masked image modeling, which the ViT's forward has an argument for.
         self.num_masks = 3
         self.mask_length = self.seq_length - 1
-        for name, value in subject.settings.items():
-            setattr(self, name, value)
 
     def get_config(self) -> PreTrainedConfig:
         return self.subject.config()
@@ -158,6 +216,7 @@ def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittes
 
     class ModelingTest(modeling.ModelTesterMixin, unittest.TestCase):
         all_model_classes = subject.model_classes
+        has_attentions = subject.has_attention
         # Vision transformers have no vocabulary to resize.
         test_resize_embeddings = False
         # Without this, the age of the configuration's file decides whether the test runs.
@@ -168,6 +227,20 @@ def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittes
 
         def test_batching_equivalence(self) -> None:
             super().test_batching_equivalence(atol=subject.batching_tolerance, rtol=subject.batching_tolerance)
+
+        def test_can_load_ignoring_mismatched_shapes(self) -> None:
+            def zero_init(config: PreTrainedConfig) -> PreTrainedConfig:
+                """In place of transformers' own, which takes what has `layer_scale` in its name for a number."""
+                config = copy.deepcopy(config)
+                config.initializer_range = 1e-10
+                return config
+
+            with patch.object(modeling, "_config_zero_init", zero_init):
+                super().test_can_load_ignoring_mismatched_shapes()
+
+        def test_retain_grad_hidden_states_attentions(self) -> None:
+            self.has_attentions = subject.returns_attentions
+            super().test_retain_grad_hidden_states_attentions()
 
         def test_model_get_set_embeddings(self) -> None:
             """In place of transformers' own, which asks for the `nn.Embedding` of a vocabulary."""
@@ -210,7 +283,11 @@ def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittes
         def test_config(self) -> None:
             settings = {name: value for name, value in subject.settings.items() if name != "num_labels"}
             tester = suites.configuration.ConfigTester(
-                self, config_class=subject.config_class, has_text_modality=False, **settings
+                self,
+                config_class=subject.config_class,
+                has_text_modality=False,
+                common_properties=list(settings),
+                **settings,
             )
             self.model_tester = ModelTester(subject)
             tester.run_common_tests()

@@ -165,6 +165,16 @@ def test_unusable_settings_of_the_regions_are_refused(config_class, settings, me
         (DartRmtConfig, {"num_attention_heads": (4, 4, 8, 0)}, "num_attention_heads must be at least 1 in every stage"),
         (DartRmtConfig, {"hidden_sizes": (64, 124, 256, 512)}, "multiples of twice num_attention_heads, got 124 and 4"),
         (DartRmtConfig, {"first_strip_edge": -1}, "first_strip_edge must be at least 0, got -1"),
+        (
+            DartRmtConfig,
+            {"decay_starts": (0, 2, 2, 2)},
+            "decay_starts and decay_ranges must leave every head above 0, got 0 and 4 for 4 heads",
+        ),
+        (
+            DartRmtConfig,
+            {"decay_ranges": (4, 4, -3, 6)},
+            "decay_starts and decay_ranges must leave every head above 0, got 2 and -3 for 8 heads",
+        ),
     ],
 )
 def test_unusable_settings_of_the_encoder_are_refused(config_class, settings, message):

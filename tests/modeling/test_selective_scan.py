@@ -212,7 +212,7 @@ def test_rates_of_any_size(monkeypatch, rate, compiled, backwards):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def kept_numbers(length: int, backwards: bool) -> int:
+def kept_numbers(length: int, backwards: bool, scan=selective_scan) -> int:
     """How many numbers are kept for the gradient."""
     kept = {}
 
@@ -222,8 +222,8 @@ def kept_numbers(length: int, backwards: bool) -> int:
 
     tensors = [tensor.requires_grad_() for tensor in inputs(length, channels=96, states=16, dtype=torch.float32)]
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
-        y = selective_scan(*tensors, backwards)
-    assert y.requires_grad
+        y = scan(*tensors, backwards)
+    assert y.requires_grad and kept
     return sum(kept.values())
 
 
@@ -235,6 +235,12 @@ def test_what_is_kept_for_the_gradient_grows_with_the_length_and_not_with_the_st
     for length, numbers in zip(lengths, kept, strict=True):
         # x and Δ are twice as many; the states would be sixteen times as many.
         assert numbers < 3 * 2 * length * 96
+
+
+def test_a_compiled_scan_keeps_no_more():
+    torch.compiler.reset()
+    compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
+    assert kept_numbers(100, False, scan=compiled) < 3 * 2 * 100 * 96
 
 
 # --- how it is called ------------------------------------------------------------------------------------------------
@@ -433,7 +439,7 @@ def test_the_hub_has_the_kernel(packages):
 
 
 @pytest.mark.parametrize("damage", [ImportError("undefined symbol"), OSError("libcudart.so.11.0 is missing")])
-def test_a_mamba_ssm_that_cannot_be_loaded_counts_as_none(packages, monkeypatch, damage):
+def test_a_mamba_ssm_that_cannot_be_loaded_is_mentioned(packages, warnings, monkeypatch, damage):
     import_module = module.importlib.import_module
 
     def fails(name):
@@ -444,6 +450,8 @@ def test_a_mamba_ssm_that_cannot_be_loaded_counts_as_none(packages, monkeypatch,
     packages("kernels", get_kernel=lambda name, **which: SimpleNamespace(selective_scan_fn=hub_kernel))
     monkeypatch.setattr(module.importlib, "import_module", fails)
     assert cuda_kernel() is hub_kernel
+    (said,) = warnings
+    assert "mamba_ssm" in said and str(damage) in said
 
 
 def test_a_kernel_that_the_hub_does_not_hand_out_is_mentioned_once(packages, warnings):
@@ -453,4 +461,11 @@ def test_a_kernel_that_the_hub_does_not_hand_out_is_mentioned_once(packages, war
     packages("kernels", get_kernel=get_kernel)
     assert cuda_kernel() is None and cuda_kernel() is None
     (said,) = warnings
-    assert "PyTorch takes its place" in said and "no build for torch 9.9" in said
+    assert "kernels" in said and "no build for torch 9.9" in said
+
+
+def test_a_package_without_the_kernel_is_mentioned(packages, warnings):
+    packages("mamba_ssm.ops.selective_scan_interface")
+    assert cuda_kernel() is None
+    (said,) = warnings
+    assert "mamba_ssm" in said and "selective_scan_fn" in said
