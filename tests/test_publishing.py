@@ -57,8 +57,10 @@ CLEAN_SCRIPT = Path(__file__).with_name("without_dart_hf.py")
 
 # Requests come in as lines of JSON: a function's name, the token to use, and its arguments.
 CLIENT = """
-import json, os, sys, time
+import json, os, signal, sys, time
 
+# A shell's background jobs begin with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 answers = sys.stdout
 sys.stdout = sys.stderr
 # What the client does before it tries again.
