@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
-import dart_hf  # noqa: F401
 from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 
 # Model type -> settings of a tiny encoder.
