@@ -13,8 +13,8 @@ import functools
 import importlib
 import math
 import operator
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 logger = logging.get_logger(__name__)
@@ -62,7 +63,9 @@ def selective_scan(
         return checkpoint(_scan_in_graph, *sequences, _rates(A), backwards, use_reentrant=False).to(x.dtype)
     if x.is_cuda and A.dtype == torch.float32 and USE_CUDA_KERNEL and cuda_kernel() is not None:
         return _scan_by_kernel(cuda_kernel(), *sequences, A, backwards).to(x.dtype)
-    return _BlockwiseScan.apply(*sequences, _rates(A), backwards).to(x.dtype)
+    # Nor may a product of matrices be rounded here.
+    with maybe_autocast(x.device.type, enabled=False):
+        return _BlockwiseScan.apply(*sequences, _rates(A), backwards).to(x.dtype)
 
 
 @functools.cache
@@ -162,10 +165,23 @@ class _Sizes(NamedTuple):
         segments = math.ceil(length / tokens)
         return cls(images, segments, chunks, math.ceil(length / (segments * chunks)))
 
-    def segmented(self, sequence: torch.Tensor) -> torch.Tensor:
-        """(batch, L, F) -> (batch, segments, K, T, F), with zeros behind the last token."""
-        missing = self.segments * self.chunks * self.steps - sequence.shape[1]
-        return pad(sequence, (0, 0, 0, missing)).unflatten(1, (self.segments, self.chunks, self.steps))
+    def empty(self, sequence: torch.Tensor) -> torch.Tensor:
+        """Memory for results (batch, segments × K × T, F) beside a sequence (batch, L, F)."""
+        batch, _, size = sequence.shape
+        return sequence.new_empty(batch, self.segments * self.chunks * self.steps, size)
+
+    def split(self, sequence: torch.Tensor) -> list[torch.Tensor]:
+        """(images, L, …) -> segments (images, K, T, …), the last with zeros behind the last token."""
+        tokens = self.chunks * self.steps
+        *segments, last = sequence.split(tokens, dim=1)
+        if last.shape[1] < tokens:
+            last = pad(last, (0, 0) * (last.ndim - 2) + (0, tokens - last.shape[1]))
+        return [segment.unflatten(1, (self.chunks, self.steps)) for segment in (*segments, last)]
+
+    def group(self, *sequences: torch.Tensor) -> list[list[tuple[torch.Tensor, ...]]]:
+        """What is computed at once: group of images -> segment -> its part of each sequence."""
+        groups = zip(*(sequence.split(self.images) for sequence in sequences), strict=True)
+        return [list(zip(*map(self.split, group), strict=True)) for group in groups]
 
 
 class _BlockwiseScan(torch.autograd.Function):
@@ -182,62 +198,66 @@ class _BlockwiseScan(torch.autograd.Function):
         backwards: bool,
     ) -> torch.Tensor:
         sizes = _Sizes.choose(x, rates.shape[0])
-        inputs, deltas, weights, readings = map(sizes.segmented, (delta * x, delta, B, C))
-        y = torch.empty_like(inputs)
-        # What each segment begins with.
-        starts = x.new_zeros(x.shape[0], sizes.segments, *rates.shape)
-        block = _Block()
-        order = range(sizes.segments)[:: -1 if backwards else 1]
-        for first in range(0, x.shape[0], sizes.images):
-            images = slice(first, first + sizes.images)
-            for segment, following in zip(order, [*order[1:], None], strict=True):
-                at = (images, segment)
-                h = block.states(deltas[at], inputs[at], weights[at], rates, starts[at], backwards)
-                torch.matmul(readings[at][..., None, :], h, out=y[at][..., None, :])
-                if following is not None:
-                    starts[images, following] = block.end(backwards)
+        y = sizes.empty(x)
+        # The states' axis is the last but one, and what has none has one entry there.
+        sequences = (x[:, :, None], delta[:, :, None], B[..., None], C[:, :, None], y[:, :, None])
+        block, starts = _Block(), []
+        for segments in sizes.group(*sequences):
+            start = x.new_zeros(len(segments[0][0]), *rates.shape)
+            for values, deltas, weights, readings, results in segments[:: -1 if backwards else 1]:
+                starts.append(start)
+                h = block.states(deltas, deltas * values, weights, rates, start, backwards)
+                results.copy_(readings @ h)
+                start = block.end(backwards).clone()
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x, delta, B, C, rates, starts)
+            ctx.save_for_backward(x, delta, B, C, rates, *starts)
             ctx.sizes, ctx.backwards = sizes, backwards
-        return y.flatten(1, 3)[:, : x.shape[1]]
+        return y[:, : x.shape[1]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, delta, B, C, rates, starts = ctx.saved_tensors
-        sizes, backwards = ctx.sizes, ctx.backwards
-        # The states' gradient is itself a scan, in the other direction, in which a token decays by the time step of the
-        # one that the first scan went to next.
-        next_delta = pad(delta, (0, 0, 1, 0))[:, :-1] if backwards else pad(delta, (0, 0, 0, 1))[:, 1:]
-        sequences = (delta * x, delta, next_delta, B, C, grad_y)
-        inputs, deltas, next_deltas, weights, readings, grad_y = map(sizes.segmented, sequences)
-        grad_inputs, grad_delta = torch.empty_like(inputs), torch.empty_like(deltas)
-        grad_B, grad_C, grad_rates = torch.empty_like(weights), torch.empty_like(readings), torch.zeros_like(rates)
-        block, gradients = _Block(), _Block()
-        for first in range(0, x.shape[0], sizes.images):
-            images = slice(first, first + sizes.images)
-            start = torch.zeros_like(starts[images, 0])
-            for segment in range(sizes.segments)[:: 1 if backwards else -1]:
-                at = (images, segment)
-                h = block.states(deltas[at], inputs[at], weights[at], rates, starts[at], backwards)
-                grad_h = gradients.states(next_deltas[at], grad_y[at], readings[at], rates, start, not backwards)
-                start = gradients.end(not backwards).clone()
-                # With `out`, which autocast leaves alone: whoever calls `backward` under it gets float32 too.
-                # Rows from the left: columns from the right take ten times as long.
-                torch.matmul(grad_y[at][..., None, :], h.mT, out=grad_C[at][..., None, :])
-                torch.matmul(inputs[at][..., None, :], grad_h.mT, out=grad_B[at][..., None, :])
-                torch.matmul(weights[at][..., None, :], grad_h, out=grad_inputs[at][..., None, :])
-                # What is left in a state of the one before it, times the gradient: the gradient of the exponent. As a
-                # product, because the difference of state and input has lost it where the time step is large.
-                decays = torch.mul(deltas[at][..., None, :], rates, out=block.decays).exp2_()
-                grad_exponent = block.times_before(decays, starts[at], backwards).mul_(grad_h)
-                grad_rates += torch.mul(grad_exponent, deltas[at][..., None, :], out=grad_h).sum((0, 1, 2))
-                grad_delta[at] = grad_exponent.mul_(rates).sum(-2)
-        sequences = (each.flatten(1, 3)[:, : x.shape[1]] for each in (grad_inputs, grad_delta, grad_B, grad_C))
-        grad_inputs, grad_delta, grad_B, grad_C = sequences
-        # The base of the exponent is 2.
-        grad_delta = grad_delta * math.log(2) + grad_inputs * x
-        return grad_inputs * delta, grad_delta, grad_B, grad_C, grad_rates * math.log(2), None
+        # Whoever calls `backward` under autocast gets float32 too.
+        with maybe_autocast(grad_y.device.type, enabled=False):
+            return *_gradients(ctx.saved_tensors, grad_y, ctx.sizes, ctx.backwards), None
+
+
+def _gradients(
+    saved: Sequence[torch.Tensor], grad_y: torch.Tensor, sizes: _Sizes, backwards: bool
+) -> tuple[torch.Tensor, ...]:
+    """Those of x, delta, B, C and rates, from what the forward pass saved: these, and what each segment begins with."""
+    x, delta, B, C, rates, *starts = saved
+    starts = iter(starts)
+    # The states' gradient is itself a scan, in the other direction, in which a token decays by the time step of the
+    # one that the first scan went to next.
+    next_delta = pad(delta, (0, 0, 1, 0))[:, :-1] if backwards else pad(delta, (0, 0, 0, 1))[:, 1:]
+    grads = tuple(map(sizes.empty, (x, delta, B, C)))
+    rows = (each[:, :, None] for each in (x, delta, next_delta, grad_y, *grads))
+    grad_rates = torch.zeros_like(rates)
+    block, gradients = _Block(), _Block()
+    for segments in sizes.group(B[..., None], C[..., None], *rows):
+        segments = list(zip(segments[:: -1 if backwards else 1], islice(starts, len(segments)), strict=True))
+        following = torch.zeros_like(segments[0][1])
+        for (weights, readings, values, deltas, next_deltas, grads_y, *grads_here), start in reversed(segments):
+            grad_inputs, grad_deltas, grads_B, grads_C = grads_here
+            inputs = deltas * values
+            h = block.states(deltas, inputs, weights, rates, start, backwards)
+            grad_h = gradients.states(next_deltas, grads_y, readings, rates, following, not backwards)
+            following = gradients.end(not backwards).clone()
+            # Rows from the left: columns from the right take ten times as long.
+            grads_C.copy_(grads_y @ h.mT)
+            grads_B.copy_(inputs @ grad_h.mT)
+            grad_inputs.copy_(weights.mT @ grad_h)
+            # What is left in a state of the one before it, times the gradient: the gradient of the exponent. As a
+            # product, because the difference of state and input has lost it where the time step is large.
+            decays = torch.mul(deltas, rates, out=block.decays).exp2_()
+            grad_exponent = block.times_before(decays, start, backwards).mul_(grad_h)
+            grad_rates += torch.mul(grad_exponent, deltas, out=grad_h).sum((0, 1, 2))
+            grad_deltas.copy_(grad_exponent.mul_(rates).sum(-2, keepdim=True))
+    grad_inputs, grad_delta, grad_B, grad_C = (each[:, : x.shape[1]] for each in grads)
+    # The base of the exponent is 2.
+    grad_delta = grad_delta * math.log(2) + grad_inputs * x
+    return grad_inputs * delta, grad_delta, grad_B, grad_C, grad_rates * math.log(2)
 
 
 class _Block:
@@ -258,8 +278,8 @@ class _Block:
         """h_t = 2^(Δ_t rates) h_(t-1) + inputs_t weights_t, or with h_(t+1).
 
         Args:
-            delta, inputs: (images, K, T, E).
-            weights: (images, K, T, S).
+            delta, inputs: (images, K, T, 1, E).
+            weights: (images, K, T, S, 1).
             rates: (S, E).
             start: (images, S, E), what is before the first of these tokens, or behind the last.
             backwards: Whether from the last token to the first.
@@ -270,8 +290,8 @@ class _Block:
         shape = (*delta.shape[:3], *rates.shape)
         if self.memory.shape != shape:
             self._allocate(delta.new_empty(shape), delta.new_empty(shape))
-        torch.mul(delta[..., None, :], rates, out=self.decays).exp2_()
-        torch.mul(inputs[..., None, :], weights[..., None], out=self.memory)
+        torch.mul(delta, rates, out=self.decays).exp2_()
+        torch.mul(inputs, weights, out=self.memory)
 
         direction, first, last = (-1, -1, 0) if backwards else (1, 0, -1)
         self.memory[:, first, first].addcmul_(self.decays[:, first, first], start)
