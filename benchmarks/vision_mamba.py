@@ -4,13 +4,15 @@
 
 The same model runs with each scan in turn: `chunks` is this library's; `transformers` is what transformers' Mamba falls
 back to without a kernel, all factors at once and then a loop over the tokens; `loop` is a loop that computes the
-factors as it goes; on a GPU with mamba_ssm, `kernel` is its CUDA kernel.
+factors as it goes; where the package mambapy is installed, `mambapy` is its parallel scan; on a GPU with mamba_ssm,
+`kernel` is its CUDA kernel. `none` leaves the scans out, which shows what the rest of the model takes.
 """
 
 import functools
+import importlib.util
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -54,13 +56,33 @@ def as_transformers_does(
     return mamba_selective_scan(x, delta, A, B, C).transpose(1, 2)
 
 
+def as_mambapy_does(
+    x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
+) -> torch.Tensor:
+    """Arguments and result as [`selective_scan.selective_scan`]'s."""
+    from mambapy.pscan import pscan
+
+    if backwards:
+        return as_mambapy_does(*(tensor.flip(1) for tensor in (x, delta)), A, B.flip(1), C.flip(1)).flip(1)
+    states = pscan(torch.exp(delta[..., None] * A), (delta * x)[..., None] * B[:, :, None])
+    return (states @ C[..., None])[..., 0]
+
+
+def no_scan(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Not a scan."""
+    return x
+
+
 def scans(device: str) -> dict[str, Callable]:
     """By name, as in the description of this file."""
     chosen: dict[str, Callable] = {
         "chunks": selective_scan.selective_scan,
         "loop": step_by_step,
         "transformers": as_transformers_does,
+        "none": no_scan,
     }
+    if importlib.util.find_spec("mambapy"):
+        chosen["mambapy"] = as_mambapy_does
     if device == "cuda" and selective_scan.cuda_kernel() is not None:
         chosen["kernel"] = selective_scan.selective_scan
     return chosen
@@ -99,14 +121,14 @@ def with_scan(name: str, scan: Callable, run: Callable[[], None]) -> None:
 
 
 def compare_scans(
-    preset: str, run: Callable, settings: Settings, layers: int | None = None, leave_out: str = ""
+    preset: str, run: Callable, settings: Settings, layers: int | None = None, leave_out: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Milliseconds of the model with each scan but one, and how many times ours each takes."""
+    """Milliseconds of the model with each scan but some, and how many times ours each takes."""
     images, model = pictures(settings.batch_size, settings.device), build(preset, 196, settings.device, layers)
     runs = {
         (name,): functools.partial(with_scan, name, scan, functools.partial(run, model, images))
         for name, scan in scans(settings.device).items()
-        if name != leave_out
+        if name not in leave_out
     }
     times = {name: summary(samples) for (name,), samples in interleave(runs, settings, run.__name__).items()}
     for name, measured in times.items():
@@ -174,8 +196,8 @@ def main(
         compared = [
             compare_scans(preset, inference, settings),
             compare_scans(preset, inference, replace(settings, batch_size=1)),
-            compare_scans(preset, training, replace(settings, rounds=2), leave_out="transformers"),
-            # Its loop's gradient is as slow as the square of the length.
+            # The gradient of the one's loop is as slow as the square of the length; the other keeps 10 GiB.
+            compare_scans(preset, training, replace(settings, rounds=2), leave_out=("transformers", "mambapy")),
             compare_scans(preset, training, replace(settings, rounds=1), layers=2),
         ]
         lines = grow(preset, settings)

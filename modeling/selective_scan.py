@@ -162,8 +162,9 @@ class _Sizes(NamedTuple):
         states = images * num_states * channels
         tokens = min(length, max(4, block // states))
         chunks = math.isqrt(tokens - 1) + 1
-        segments = math.ceil(length / tokens)
-        return cls(images, segments, chunks, math.ceil(length / (segments * chunks)))
+        # No longer than it takes for as many segments: there may be fewer of them then.
+        steps = math.ceil(length / (math.ceil(length / tokens) * chunks))
+        return cls(images, math.ceil(length / (chunks * steps)), chunks, steps)
 
     def empty(self, sequence: torch.Tensor) -> torch.Tensor:
         """Memory for results (batch, segments × K × T, F) beside a sequence (batch, L, F)."""

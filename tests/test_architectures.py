@@ -6,9 +6,6 @@ import pytest
 import torch
 from tiny_models import ENCODERS, tiny_classifier
 from tiny_training import tiny_pictures
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from dart_hf import DartImageProcessor
 from dart_hf.calibration import calibrate_model
@@ -76,24 +73,6 @@ def test_a_training_in_two_parts_gives_the_same_weights(start, photos, trained, 
         (tmp_path / "out" / name).unlink()
     train(start, photos, tmp_path / "out", *saved, "--resume")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == whole
-
-
-def test_fsdp_trains_it(start, tmp_path):
-    """Sharded as torch's FSDP 2 does, which takes a unit's weights out of memory when the unit is done."""
-    model, _ = load_model(start)
-    model.train()
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        # The inner ones first.
-        for module in reversed(list(model.modules())):
-            if type(module).__name__ in model._no_split_modules or module is model:
-                fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-        loss = model(torch.randn(4, 3, SIDE, SIDE), labels=torch.tensor([0, 1, 2, 0])).loss
-        loss.backward()
-        assert loss.isfinite()
-        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_evaluation_at_several_budgets(trained, photos):

@@ -20,7 +20,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "decay_starts": [2, 2],
         "decay_ranges": [4, 6],
         "chunkwise": [True, False],
-        "layer_scale": [False, False],
+        "layer_scale": [False, True],
+        "layer_scale_init_value": 0.5,
         "projection_size": 32,
     },
 }

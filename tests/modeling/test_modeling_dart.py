@@ -1,14 +1,10 @@
 """The models: outputs, independence of the batch, training, loading, compilation, half precision."""
 
 import copy
-import functools
 import math
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import Trainer, TrainingArguments
 
 import dart_hf
@@ -309,15 +305,6 @@ def test_a_checkpoint_without_its_trunk_gets_the_library_initialisation(tmp_path
     assert loaded.state_dict()[dropped].std() > 0.05
 
 
-def test_save_and_load_is_exact(tmp_path):
-    model = make_model()
-    model.train()(pixels(4))  # running statistics other than the initial ones
-    model.eval().save_pretrained(tmp_path)
-    loaded = DartForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
-    assert loaded.scorer.statistics.num_batches_tracked == 1
-
-
 def test_another_number_of_labels(tmp_path):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes"):
@@ -350,23 +337,6 @@ def test_a_model_built_in_half_precision_cuts_in_float32():
     outputs = model(torch.randn(1, 3, 224, 224), output_regions=True)
     assert {value.dtype for value in outputs.regions.values()} == {torch.float32}
     assert (outputs.regions.strip_edges.diff(dim=1) >= 0).all()
-
-
-def test_a_half_precision_model_shards(tmp_path):
-    """FSDP wants one precision in a unit; the scorer has another than the tokenizer around it."""
-    init = f"file://{tmp_path / 'rendezvous'}"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
-    try:
-        model = make_model().bfloat16()
-        names = DartForImageClassification._no_split_modules
-        units = {type(module) for module in model.modules() if type(module).__name__ in names}
-        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units)
-        sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
-        loss = sharded(pixels(), labels=torch.tensor([0, 1, 2])).loss
-        loss.backward()
-        assert loss.isfinite()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_autocast_training():
@@ -481,34 +451,6 @@ def test_the_whole_graph_is_on_the_device(training):
 
     torch.compile(model, fullgraph=True, backend=look)(images, labels=labels)
     assert devices == {"meta"}
-
-
-def test_exports():
-    model = make_model()
-    images = pixels()
-    program = torch.export.export(model, (images,), kwargs={"num_patches": 12})
-    torch.testing.assert_close(program.module()(images, num_patches=12).logits, model(images, num_patches=12).logits)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients():
-    batch = bright_corner(4, seed=0)
-    gradients = []
-    for checkpointing in (False, True):
-        model = make_model(num_labels=4).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(**batch).loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
-
-
-def test_runs_with_its_weights_offloaded():
-    model = make_model().double()
-    expected = model(pixels(dtype=torch.float64)).logits
-    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(parameter.is_meta for parameter in offloaded.parameters())
-    torch.testing.assert_close(offloaded(pixels(dtype=torch.float64)).logits, expected)
 
 
 def test_stochastic_depth_drops_in_training_only():

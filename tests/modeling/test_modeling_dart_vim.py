@@ -1,15 +1,11 @@
-"""DART-Vim: the mixer by its definition, the class token's place, initialisation, loading, compilation, precision."""
+"""DART-Vim: the mixer by its definition, the class token's place, initialisation, precision."""
 
-import functools
 import math
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.functional import cross_entropy, silu
 
 from dart_hf import DartVimConfig, DartVimForImageClassification, DartVimModel
@@ -168,19 +164,6 @@ def test_any_budget_and_image_shape(size, num_patches, partition):
     assert out.regions.strip_edges.shape == (2, num_patches + 1)
 
 
-@pytest.mark.parametrize("partition", ["flow", "grid"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-def test_logits_are_the_same_alone_and_in_a_batch(partition, dtype, tolerance):
-    model = make_model(partition=partition).to(dtype)
-    model.scorer.statistics.train()(torch.randn(4, 4, 4, dtype=dtype), "running")
-    model.eval()
-    images = pixels(7, dtype=dtype)
-    with torch.no_grad():
-        together = model(images).logits
-        alone = torch.cat([model(image[None]).logits for image in images])
-    assert (alone - together).abs().max() / together.abs().max() < tolerance
-
-
 # --- initialisation --------------------------------------------------------------------------------------------------
 
 
@@ -249,16 +232,6 @@ def test_what_a_checkpoint_lacks_is_initialised(lacking, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_a_model_on_a_device_without_memory():
-    """Whatever would read a value on the host, or make a tensor there, fails."""
-    with torch.device("meta"):
-        model = DartVimForImageClassification(make_config())
-    images, labels = torch.zeros(2, 3, 64, 64, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
-    out = model(images, labels=labels)
-    out.loss.backward()
-    assert out.logits.is_meta and scans(model)[0].A_log.grad.is_meta
-
-
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -269,12 +242,6 @@ def gradients(model) -> list[torch.Tensor]:
     model.zero_grad()
     model(**BATCH).loss.backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def test_the_loss_reaches_every_parameter():
-    model = make_model().train()
-    for (name, _), gradient in zip(model.named_parameters(), gradients(model), strict=True):
-        assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
 
 
 def test_training_lowers_the_loss():
@@ -300,18 +267,6 @@ def test_stochastic_depth_grows_with_depth_and_drops_in_training_only():
     assert torch.equal(last.train()(states), states)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = make_model().train()
-    expected = gradients(model)
-    calls = []
-    for layer in model.dart_vim.layers:
-        layer.mixer.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing_enable()
-    for plain, checkpointed in zip(expected, gradients(model), strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 2 * 3
-
-
 def test_what_a_training_step_keeps_grows_linearly_with_the_tokens():
     """And is not a multiple of the number of states."""
     config = make_config(num_hidden_layers=1, state_size=32)
@@ -334,65 +289,6 @@ def test_what_a_training_step_keeps_grows_linearly_with_the_tokens():
     channels = 2 * config.hidden_size
     states_of_both_directions = 2 * 4 * channels * config.state_size
     assert (twice - some) / 512 < 0.8 * states_of_both_directions
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def test_save_and_load_is_exact(tmp_path):
-    model = make_model()
-    model.train()(pixels())  # running statistics other than the initial ones
-    model.eval().save_pretrained(tmp_path)
-    for device_map in (None, "cpu"):
-        loaded, info = DartVimForImageClassification.from_pretrained(
-            tmp_path, device_map=device_map, output_loading_info=True
-        )
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
-    bare = DartVimModel.from_pretrained(tmp_path)
-    assert torch.equal(bare(pixels()).pooler_output, model.dart_vim(pixels()).pooler_output)
-
-
-def test_runs_with_its_weights_offloaded():
-    model, images = make_model().double(), pixels(dtype=torch.float64)
-    expected = model(images).logits
-    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(parameter.is_meta for parameter in offloaded.parameters())
-    torch.testing.assert_close(offloaded(images).logits, expected)
-
-
-def test_runs_with_a_part_of_its_weights_on_disk(tmp_path):
-    model, images = make_model(num_hidden_layers=8).double(), pixels(dtype=torch.float64)
-    model.save_pretrained(tmp_path / "model")
-    loaded = DartVimForImageClassification.from_pretrained(
-        tmp_path / "model",
-        dtype=torch.float64,
-        device_map="auto",
-        max_memory={"cpu": int(0.8 * model.get_memory_footprint())},
-        offload_folder=tmp_path / "offloaded",
-    )
-    layers = {name: device for name, device in loaded.hf_device_map.items() if ".layers." in name}
-    assert set(layers) == {f"dart_vim.layers.{index}" for index in range(8)}
-    assert set(layers.values()) == {"cpu", "disk"}
-    torch.testing.assert_close(loaded(images).logits, model(images).logits)
-
-
-def test_a_half_precision_model_shards(tmp_path):
-    """FSDP wants one precision in a unit; the scorer has another than the encoder."""
-    init = f"file://{tmp_path / 'rendezvous'}"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
-    try:
-        model = make_model().bfloat16()
-        names = DartVimForImageClassification._no_split_modules
-        units = {type(module) for module in model.modules() if type(module).__name__ in names}
-        assert {unit.__name__ for unit in units} == set(names)
-        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=units)
-        sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
-        loss = sharded(**BATCH).loss
-        loss.backward()
-        assert loss.isfinite()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
@@ -469,19 +365,6 @@ def test_half_precision_training(mode):
 # --- compilation and export ------------------------------------------------------------------------------------------
 
 
-def test_compiles_as_one_graph_forward_and_backward():
-    torch.compiler.reset()
-    model = make_model(num_hidden_layers=1, num_patches=4).double()
-    batch = {"pixel_values": BATCH["pixel_values"].double(), "labels": BATCH["labels"]}
-    results = []
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        out = run(**batch)
-        out.loss.backward()
-        results.append((out.logits, [parameter.grad for parameter in model.parameters()]))
-    torch.testing.assert_close(*results)
-
-
 def test_compiles_for_one_budget_after_the_other():
     torch.compiler.reset()
     model = make_model(num_hidden_layers=1).double()
@@ -491,19 +374,6 @@ def test_compiles_for_one_budget_after_the_other():
         for num_patches in (4, 5):
             found = compiled(images, num_patches=num_patches).logits
             torch.testing.assert_close(found, model(images, num_patches=num_patches).logits)
-
-
-def test_exports_for_any_number_of_images():
-    model = make_model()
-    program = torch.export.export(
-        model,
-        (pixels(),),
-        {"num_patches": 12},
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}, "num_patches": None},
-    ).module()
-    for count in (2, 5):
-        found = program(pixels(count), num_patches=12).logits
-        torch.testing.assert_close(found, model(pixels(count), num_patches=12).logits)
 
 
 def test_the_norm_sums_in_the_precision_of_the_residual_stream():

@@ -104,6 +104,8 @@ def test_the_scan_in_a_graph_is_the_loop_too(in_graph, length, backwards):
         (200, 50, 1, 4),
         # One more token than fills a block.
         (200, 17, 1, 2),
+        # Three segments of five tokens would do, but in steps of chunks two take all.
+        (60, 11, 1, 2),
         (400, 50, 2, 4),
         (2000, 50, 10, 1),
     ],

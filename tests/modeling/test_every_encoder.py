@@ -1,0 +1,211 @@
+"""What every encoder's classifier does: independence of the batch, gradients, loading, sharding, compilation."""
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tiny_models import ENCODERS, tiny_classifier
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
+
+LABELS = tuple("abcde")
+SIDE = 32
+# Deep enough that a part of the layers has a place of its own.
+DEEP = {"dart": {"num_hidden_layers": 8}, "dart_vim": {"num_hidden_layers": 8}, "dart_rmt": {"depths": [1, 8]}}
+
+
+def pixels(count: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+BATCH = {"pixel_values": pixels(4), "labels": torch.tensor([0, 1, 2, 3])}
+
+
+@pytest.fixture(params=ENCODERS)
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(model_type) -> RegionPreTrainedModel:
+    return make_model(model_type)
+
+
+def make_model(model_type: str, **settings) -> RegionPreTrainedModel:
+    """With running statistics of scores other than the initial ones."""
+    # An RMT's last map has four positions then: on a single one queries and keys do not matter.
+    model = tiny_classifier(LABELS, model_type, num_patches=16, score_normalization="running", **settings)
+    with torch.no_grad():
+        model.scorer.statistics.train()(torch.randn(4, 4, 4), "running")
+    return model.eval()
+
+
+def layers(model: RegionPreTrainedModel) -> dict[str, GradientCheckpointingLayer]:
+    found = {name: part for name, part in model.named_modules() if isinstance(part, GradientCheckpointingLayer)}
+    assert found
+    return found
+
+
+@pytest.fixture
+def process_group(tmp_path) -> Iterator[None]:
+    """Of this process alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+# --- an image's prediction does not depend on its neighbours ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_logits_are_the_same_alone_and_in_a_batch(model, dtype, tolerance):
+    images = pixels(7, dtype)
+    model.to(dtype)
+    with torch.no_grad():
+        together = model(images).logits
+        alone = torch.cat([model(image[None]).logits for image in images])
+    assert together.std(dim=0).min() > 0
+    assert (alone - together).abs().max() / together.abs().max() < tolerance
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def gradients(model: RegionPreTrainedModel) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(**BATCH).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_the_loss_reaches_every_parameter(model):
+    for (name, _), gradient in zip(model.train().named_parameters(), gradients(model), strict=True):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model):
+    expected = gradients(model.train())
+    calls = []
+    for layer in layers(model).values():
+        next(layer.children()).register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    for plain, checkpointed in zip(expected, gradients(model), strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * len(layers(model))
+
+
+# --- loading and placing ---------------------------------------------------------------------------------------------
+
+
+def test_save_and_load_is_exact(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for device_map in (None, "cpu"):
+        loaded, info = AutoModelForImageClassification.from_pretrained(
+            tmp_path, device_map=device_map, output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
+        assert loaded.scorer.statistics.num_batches_tracked == 1
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(bare(pixels()).pooler_output, model.base_model(pixels()).pooler_output)
+
+
+def test_runs_with_its_weights_offloaded(model):
+    images = pixels(dtype=torch.float64)
+    expected = model.double()(images).logits
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    torch.testing.assert_close(offloaded(images).logits, expected)
+
+
+def test_runs_with_a_part_of_its_weights_on_disk(model_type, tmp_path):
+    model, images = make_model(model_type, **DEEP[model_type]).double(), pixels(dtype=torch.float64)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float64,
+        device_map="auto",
+        max_memory={"cpu": int(0.8 * model.get_memory_footprint())},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    # No layer is cut in two.
+    inside = tuple(f"{name}." for name in layers(model))
+    assert not [name for name in loaded.hf_device_map if name.startswith(inside)]
+    torch.testing.assert_close(loaded(images).logits, model(images).logits)
+
+
+def units(model: RegionPreTrainedModel) -> list[torch.nn.Module]:
+    """What FSDP gathers at once, of every kind that the model names."""
+    found = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    assert {type(unit).__name__ for unit in found} == set(model._no_split_modules)
+    return found
+
+
+def test_a_half_precision_model_shards(model, process_group):
+    """FSDP wants one precision in a unit; the scorer has another than what is around it."""
+    model.train().bfloat16()
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=set(map(type, units(model))))
+    sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    loss = sharded(**BATCH).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_trains_under_fsdp_2(model, process_group):
+    """Which takes a unit's weights out of memory when the unit is done."""
+    expected = gradients(model.train())
+    # The inner ones first.
+    for module in [*reversed(units(model)), model]:
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    loss = model(**BATCH).loss
+    loss.backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# --- devices and compilation -----------------------------------------------------------------------------------------
+
+
+def test_nothing_waits_for_the_device(model_type):
+    """Tensors without memory: whatever would read a value on the host, or make a tensor there, fails."""
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type, **ENCODERS[model_type]))
+        images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
+    for training in (True, False):
+        out = model.train(training)(images, labels=labels)
+        out.loss.backward()
+        assert out.logits.is_meta
+        assert all(parameter.grad.is_meta for layer in layers(model).values() for parameter in layer.parameters())
+
+
+def test_compiles_as_one_graph_forward_and_backward(model):
+    torch.compiler.reset()
+    batch = {**BATCH, "pixel_values": BATCH["pixel_values"].double()}
+    model.double()
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        out = run(**batch)
+        out.loss.backward()
+        results.append((out.logits, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+def test_exports_for_any_number_of_images(model):
+    program = torch.export.export(
+        model,
+        (pixels(),),
+        {"num_patches": 9},
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}, "num_patches": None},
+    ).module()
+    for count in (2, 5):
+        found = program(pixels(count), num_patches=9).logits
+        torch.testing.assert_close(found, model(pixels(count), num_patches=9).logits, rtol=1e-4, atol=1e-4)
