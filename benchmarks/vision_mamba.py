@@ -15,6 +15,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -198,7 +199,7 @@ def main(
             compare_scans(preset, inference, replace(settings, batch_size=1)),
             # The gradient of the one's loop is as slow as the square of the length; the other keeps 10 GiB.
             compare_scans(preset, training, replace(settings, rounds=2), leave_out=("transformers", "mambapy")),
-            compare_scans(preset, training, replace(settings, rounds=1), layers=2),
+            compare_scans(preset, training, settings, layers=2),
         ]
         lines = grow(preset, settings)
     for line in lines:
@@ -206,6 +207,7 @@ def main(
     results = {
         "command": command_line(),
         "machine": machine(device),
+        "mambapy": version("mambapy") if importlib.util.find_spec("mambapy") else None,
         "preset": preset,
         "scans_at_196_tokens": compared,
         "lengths": {"batch_size": batch_size, "by_tokens": lines},

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart import DartVimConfig
@@ -90,9 +90,8 @@ class DartVimScan(nn.Module):
         x = silu(self.conv1d(x))
         steps, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         delta = self.dt_proj(steps)
-        with maybe_autocast(x.device.type, enabled=False):
-            y = selective_scan(x, delta, -self.A_log.to(delta.dtype).exp(), B, C, self.backwards)
-            return torch.addcmul(y, x, self.D.to(x.dtype))
+        y = selective_scan(x, delta, -self.A_log.to(delta.dtype).exp(), B, C, self.backwards)
+        return torch.addcmul(y, x, self.D.to(x.dtype))
 
 
 class DartVimMixer(nn.Module):
@@ -121,7 +120,7 @@ class DartVimLayer(GradientCheckpointingLayer):
         self.mixer = DartVimMixer(config)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, residual: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, residual: torch.Tensor) -> torch.Tensor:
         return residual + self.drop_path(self.mixer(self.norm(residual)))
 
 
@@ -206,16 +205,14 @@ class DartVimModel(DartVimPreTrainedModel):
             ValueError: See [`RegionPartitioner.check`].
         """
         tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
-        hidden_states = self.encode(tokens, class_position, **kwargs)
+        hidden_states = self.encode(tokens, class_position)
         return DartModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, tokens.shape[1] // 2],
             regions=regions if output_regions else None,
         )
 
-    def encode(
-        self, tokens: torch.Tensor, class_position: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
+    def encode(self, tokens: torch.Tensor, class_position: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, N + 1, D)."""
         middle = tokens.shape[1] // 2
         class_token = self.cls_token.to(class_position.device) + class_position
@@ -224,7 +221,7 @@ class DartVimModel(DartVimPreTrainedModel):
         # The sum over all layers would lose what each of them adds in half precision.
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         for layer in self.layers:
-            residual = layer(residual, **kwargs)
+            residual = layer(residual)
         return self.norm(residual)
 
 

@@ -32,7 +32,7 @@ USE_CUDA_KERNEL = True
 # How many numbers of the states (images × tokens × states × channels) are in memory at once: few enough to stay in a
 # CPU's cache, enough to fill a GPU.
 CPU_BLOCK = 2**20
-# In float32 256 MiB, of which a gradient takes five.
+# In float32 256 MiB, of which a gradient takes four.
 GPU_BLOCK = 2**26
 
 
@@ -41,11 +41,12 @@ def selective_scan(
 ) -> torch.Tensor:
     """Scan sequences, in float32 at least.
 
-    Time and memory grow linearly with L. The states, S times as large as x, are not kept for the gradient but computed
-    again. There is a first derivative only. Under `torch.compile` every length has a graph of its own.
+    Time and memory grow linearly with L. For the gradient one state in each block of tokens is kept, and the others are
+    computed again. There is a first derivative only. Under `torch.compile` every length has a graph of its own, and
+    `torch._dynamo.config.recompile_limit` allows eight of them.
 
     Args:
-        x: (batch, L, E), the values.
+        x: (batch, L, E), the values, L at least 1.
         delta: (batch, L, E), the time steps Δ, at least 0.
         A: (E, S), the rates of decay, at most 0.
         B, C: (batch, L, S), what goes into the states and what is read from them.
@@ -55,17 +56,23 @@ def selective_scan(
         y (batch, L, E), dtype of `x`.
     """
     sequences = [tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, delta, B, C)]
-    A = A.to(sequences[0].dtype)
+    # Which autocast would undo.
+    with maybe_autocast(x.device.type, enabled=False):
+        return _scan(*sequences, A.to(sequences[0].dtype), backwards).to(x.dtype)
+
+
+def _scan(
+    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor, backwards: bool
+) -> torch.Tensor:
+    """The scan in whichever way suits where it runs."""
     if is_torchdynamo_exporting() or torch.jit.is_tracing():
-        return _scan_in_graph(*sequences, _rates(A), backwards).to(x.dtype)
+        return _scan_in_graph(x, delta, B, C, _rates(A), backwards)
     if torch.compiler.is_compiling():
         # A compiler would keep the states for the gradient.
-        return checkpoint(_scan_in_graph, *sequences, _rates(A), backwards, use_reentrant=False).to(x.dtype)
+        return checkpoint(_scan_in_graph, x, delta, B, C, _rates(A), backwards, use_reentrant=False)
     if x.is_cuda and A.dtype == torch.float32 and USE_CUDA_KERNEL and cuda_kernel() is not None:
-        return _scan_by_kernel(cuda_kernel(), *sequences, A, backwards).to(x.dtype)
-    # Nor may a product of matrices be rounded here.
-    with maybe_autocast(x.device.type, enabled=False):
-        return _BlockwiseScan.apply(*sequences, _rates(A), backwards).to(x.dtype)
+        return _scan_by_kernel(cuda_kernel(), x, delta, B, C, A, backwards)
+    return _BlockwiseScan.apply(x, delta, B, C, _rates(A), backwards)[:, : x.shape[1]]
 
 
 @functools.cache
@@ -74,9 +81,9 @@ def cuda_kernel() -> Callable | None:
     for package, load in (("mamba_ssm", _kernel_of_mamba_ssm), ("kernels", _kernel_of_the_hub)):
         try:
             return load()
-        except ModuleNotFoundError:
-            continue
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
+                continue
             # Whatever keeps a kernel of somebody else's from loading here, there is another way.
             logger.warning(f"The CUDA kernel that the package {package} has cannot be used: {error}")
     return None
@@ -158,7 +165,7 @@ class _Sizes(NamedTuple):
         block = GPU_BLOCK if x.is_cuda else CPU_BLOCK
         batch, length, channels = x.shape
         # A block of fewer tokens of more images would be one step after the other.
-        images = min(batch, max(1, block // (16 * num_states * channels)))
+        images = max(1, min(batch, block // (16 * num_states * channels)))
         states = images * num_states * channels
         tokens = min(length, max(4, block // states))
         chunks = math.isqrt(tokens - 1) + 1
@@ -186,7 +193,7 @@ class _Sizes(NamedTuple):
 
 
 class _BlockwiseScan(torch.autograd.Function):
-    """The scan in place, segment by segment, in memory that all of them share."""
+    """The scan in place, segment by segment, in memory that all of them share. y may go on behind the last token."""
 
     @staticmethod
     def forward(
@@ -213,7 +220,7 @@ class _BlockwiseScan(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, delta, B, C, rates, *starts)
             ctx.sizes, ctx.backwards = sizes, backwards
-        return y[:, : x.shape[1]]
+        return y
 
     @staticmethod
     @once_differentiable

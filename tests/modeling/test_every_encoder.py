@@ -18,6 +18,8 @@ from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 
 LABELS = tuple("abcde")
 SIDE = 32
+# A ViT's classifier computes its last layer for the class token alone.
+LAYERS = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, "dart_rmt": {}}
 # Deep enough that a part of the layers has a place of its own.
 DEEP = {"dart": {"num_hidden_layers": 8}, "dart_vim": {"num_hidden_layers": 8}, "dart_rmt": {"depths": [1, 8]}}
 
@@ -41,8 +43,9 @@ def model(model_type) -> RegionPreTrainedModel:
 
 def make_model(model_type: str, **settings) -> RegionPreTrainedModel:
     """With running statistics of scores other than the initial ones."""
+    settings = {**LAYERS[model_type], "score_normalization": "running", **settings}
     # An RMT's last map has four positions then: on a single one queries and keys do not matter.
-    model = tiny_classifier(LABELS, model_type, num_patches=16, score_normalization="running", **settings)
+    model = tiny_classifier(LABELS, model_type, num_patches=16, **settings)
     with torch.no_grad():
         model.scorer.statistics.train()(torch.randn(4, 4, 4), "running")
     return model.eval()
@@ -66,9 +69,13 @@ def process_group(tmp_path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-def test_logits_are_the_same_alone_and_in_a_batch(model, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("model_type", "partition"),
+    [("dart", "flow"), ("dart", "grid"), ("dart_vim", "flow"), ("dart_vim", "grid"), ("dart_rmt", "grid")],
+)
+def test_logits_are_the_same_alone_and_in_a_batch(model_type, partition, dtype, tolerance):
     images = pixels(7, dtype)
-    model.to(dtype)
+    model = make_model(model_type, partition=partition).to(dtype)
     with torch.no_grad():
         together = model(images).logits
         alone = torch.cat([model(image[None]).logits for image in images])

@@ -120,6 +120,26 @@ def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, b
     assert_scans(tensors, backwards)
 
 
+@both_directions
+def test_no_sequence_at_all(backwards):
+    leaves = [tensor.requires_grad_() for tensor in inputs(5, batch=0)]
+    y = selective_scan(*leaves, backwards)
+    assert y.shape == (0, 5, 3)
+    y.sum().backward()
+    assert leaves[0].grad.shape == (0, 5, 3) and not leaves[2].grad.any()
+
+
+@both_directions
+def test_the_result_can_be_changed_in_place(backwards):
+    tensors = inputs(7)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    y = selective_scan(*leaves, backwards)
+    y += 1
+    y.sum().backward()
+    torch.testing.assert_close(y, literal_scan(*tensors, backwards) + 1)
+    assert leaves[0].grad.isfinite().all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     length=st.integers(1, 40),
@@ -440,7 +460,14 @@ def test_the_hub_has_the_kernel(packages):
     assert [name for name, _ in asked] == ["kernels-community/mamba-ssm"] and "version" in asked[0][1]
 
 
-@pytest.mark.parametrize("damage", [ImportError("undefined symbol"), OSError("libcudart.so.11.0 is missing")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ImportError("undefined symbol"),
+        OSError("libcudart.so.11.0 is missing"),
+        ModuleNotFoundError("No module named 'selective_scan_cuda'", name="selective_scan_cuda"),
+    ],
+)
 def test_a_mamba_ssm_that_cannot_be_loaded_is_mentioned(packages, warnings, monkeypatch, damage):
     import_module = module.importlib.import_module
 
