@@ -206,9 +206,11 @@ class DartVimModel(DartVimPreTrainedModel):
         """
         tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
         hidden_states = self.encode(tokens, class_position)
+        # A slice, because `torch.compile` would make a graph for every number that is an index.
+        middle = tokens.shape[1] // 2
         return DartModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=hidden_states[:, tokens.shape[1] // 2],
+            pooler_output=hidden_states[:, middle : middle + 1].squeeze(1),
             regions=regions if output_regions else None,
         )
 

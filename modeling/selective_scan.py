@@ -13,14 +13,13 @@ import functools
 import importlib
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_torchdynamo_exporting
@@ -42,8 +41,7 @@ def selective_scan(
     """Scan sequences, in float32 at least.
 
     Time and memory grow linearly with L. For the gradient one state in each block of tokens is kept, and the others are
-    computed again. There is a first derivative only. Under `torch.compile` every length has a graph of its own, and
-    `torch._dynamo.config.recompile_limit` allows eight of them.
+    computed again. There is a first derivative only. To `torch.compile` the scan is one operator.
 
     Args:
         x: (batch, L, E), the values, L at least 1.
@@ -68,8 +66,7 @@ def _scan(
     if is_torchdynamo_exporting() or torch.jit.is_tracing():
         return _scan_in_graph(x, delta, B, C, _rates(A), backwards)
     if torch.compiler.is_compiling():
-        # A compiler would keep the states for the gradient.
-        return checkpoint(_scan_in_graph, x, delta, B, C, _rates(A), backwards, use_reentrant=False)
+        return _scan_operator(x, delta, B, C, _rates(A), backwards)
     if x.is_cuda and A.dtype == torch.float32 and USE_CUDA_KERNEL and cuda_kernel() is not None:
         return _scan_by_kernel(cuda_kernel(), x, delta, B, C, A, backwards)
     return _BlockwiseScan.apply(x, delta, B, C, _rates(A), backwards)[:, : x.shape[1]]
@@ -122,8 +119,8 @@ def _rates(A: torch.Tensor) -> torch.Tensor:
 def _scan_in_graph(
     x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
 ) -> torch.Tensor:
-    """The scan with a new tensor for each result, for compilers and exporters: √L chunks of √L tokens."""
-    # A number also for torch.compile, to which a length that differs from call to call would be a symbol.
+    """The scan with a new tensor for each result, for exporters: √L chunks of √L tokens."""
+    # A number also where batches of any size make symbols of sizes.
     length = operator.index(x.shape[1])
     num_steps = math.isqrt(length - 1) + 1
     sequences = (
@@ -143,7 +140,6 @@ def _scan_in_graph(
     for decay, state in list(zip(decays[-1].unbind(1), states[-1].unbind(1), strict=True))[::direction][:-1]:
         left.append(torch.addcmul(state, decay, left[-1]))
     before = torch.stack(left[::direction], dim=1)
-    # No product of matrices, which autocast would round, and for which a compiler would store the states.
     y = [
         (C_t[..., None] * torch.addcmul(state, decay, before)).sum(-2, keepdim=True)
         for (*_, C_t), state, decay in zip(steps, states, decays, strict=True)
@@ -205,36 +201,52 @@ class _BlockwiseScan(torch.autograd.Function):
         rates: torch.Tensor,
         backwards: bool,
     ) -> torch.Tensor:
-        sizes = _Sizes.choose(x, rates.shape[0])
-        y = sizes.empty(x)
-        # The states' axis is the last but one, and what has none has one entry there.
-        sequences = (x[:, :, None], delta[:, :, None], B[..., None], C[:, :, None], y[:, :, None])
-        block, starts = _Block(), []
-        for segments in sizes.group(*sequences):
-            start = x.new_zeros(len(segments[0][0]), *rates.shape)
-            for values, deltas, weights, readings, results in segments[:: -1 if backwards else 1]:
-                starts.append(start)
-                h = block.states(deltas, deltas * values, weights, rates, start, backwards)
-                results.copy_(readings @ h)
-                start = block.end(backwards).clone()
+        y, starts = _scan_blockwise(x, delta, B, C, rates, backwards)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, delta, B, C, rates, *starts)
-            ctx.sizes, ctx.backwards = sizes, backwards
+            ctx.backwards = backwards
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, delta, B, C, rates, *starts = ctx.saved_tensors
         # Whoever calls `backward` under autocast gets float32 too.
-        with maybe_autocast(grad_y.device.type, enabled=False):
-            return *_gradients(ctx.saved_tensors, grad_y, ctx.sizes, ctx.backwards), None
+        with maybe_autocast(x.device.type, enabled=False):
+            return *_gradients(x, delta, B, C, rates, starts, grad_y, ctx.backwards), None
+
+
+def _scan_blockwise(
+    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """y, which may go on behind the last token, and what each segment begins with."""
+    sizes = _Sizes.choose(x, rates.shape[0])
+    y = sizes.empty(x)
+    # The states' axis is the last but one, and what has none has one entry there.
+    sequences = (x[:, :, None], delta[:, :, None], B[..., None], C[:, :, None], y[:, :, None])
+    block, starts = _Block(), []
+    for segments in sizes.group(*sequences):
+        start = x.new_zeros(len(segments[0][0]), *rates.shape)
+        for values, deltas, weights, readings, results in segments[:: -1 if backwards else 1]:
+            starts.append(start)
+            h = block.states(deltas, deltas * values, weights, rates, start, backwards)
+            results.copy_(readings @ h)
+            start = block.end(backwards).clone()
+    return y, starts
 
 
 def _gradients(
-    saved: Sequence[torch.Tensor], grad_y: torch.Tensor, sizes: _Sizes, backwards: bool
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    rates: torch.Tensor,
+    starts: list[torch.Tensor],
+    grad_y: torch.Tensor,
+    backwards: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Those of x, delta, B, C and rates, from what the forward pass saved: these, and what each segment begins with."""
-    x, delta, B, C, rates, *starts = saved
+    """Those of x, delta, B, C and rates, from y's and what each segment began with."""
+    sizes = _Sizes.choose(x, rates.shape[0])
     starts = iter(starts)
     # The states' gradient is itself a scan, in the other direction, in which a token decays by the time step of the
     # one that the first scan went to next.
@@ -266,6 +278,60 @@ def _gradients(
     # The base of the exponent is 2.
     grad_delta = grad_delta * math.log(2) + grad_inputs * x
     return grad_inputs * delta, grad_delta, grad_B, grad_C, grad_rates * math.log(2)
+
+
+# One node of a compiler's graph, for sequences of any length: it would take minutes over the single steps, and keep the
+# states for the gradient. By the name of this module, which remote code loads under another one beside dart_hf's.
+_NAMESPACE = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
+def _scan_operator(
+    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
+) -> torch.Tensor:
+    with maybe_autocast(x.device.type, enabled=False):
+        y, _ = _scan_blockwise(x, delta, B, C, rates, backwards)
+    return y[:, : x.shape[1]].contiguous()
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_gradients", mutates_args=())
+def _gradients_operator(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    rates: torch.Tensor,
+    grad_y: torch.Tensor,
+    backwards: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What segments begin with is computed again: how many there are would be one more unknown to a compiler."""
+    with maybe_autocast(x.device.type, enabled=False):
+        _, starts = _scan_blockwise(x, delta, B, C, rates, backwards)
+        grad_x, grad_delta, grad_B, grad_C, grad_rates = _gradients(x, delta, B, C, rates, starts, grad_y, backwards)
+    return grad_x, grad_delta, grad_B.contiguous(), grad_C.contiguous(), grad_rates
+
+
+@_scan_operator.register_fake
+def _(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_gradients_operator.register_fake
+def _(*tensors_and_direction: Any) -> tuple[torch.Tensor, ...]:
+    tensors = tensors_and_direction[:5]
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+
+
+def _save_for_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    *tensors, ctx.backwards = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_gradients_operator(*ctx.saved_tensors, grad_y, ctx.backwards), None
+
+
+_scan_operator.register_autograd(_differentiate, setup_context=_save_for_gradients)
 
 
 class _Block:

@@ -51,9 +51,9 @@ def test_loads_without_dart_hf(model_type, tmp_path):
         expected = model(pixels).logits[0]
         pooled = model.base_model(pixels).pooler_output[0]
     assert found["classes"] == ["transformers_modules"] * 3
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected)
-    torch.testing.assert_close(torch.tensor(found["again"]), expected)
-    torch.testing.assert_close(torch.tensor(found["pooled"]), pooled)
+    for name, values in {"logits": expected, "again": expected, "pooled": pooled}.items():
+        # Another process may have another number of threads, which sum in another order.
+        torch.testing.assert_close(torch.tensor(found[name]), values, rtol=1e-4, atol=1e-4)
     assert found["processed"] == [1, 3, 448, 448]
     assert found["labels"] == 3
     assert found["dart_hf"] is False

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, silu
 
 from dart_hf import DartVimConfig, DartVimForImageClassification, DartVimModel
@@ -365,15 +366,19 @@ def test_half_precision_training(mode):
 # --- compilation and export ------------------------------------------------------------------------------------------
 
 
-def test_compiles_for_one_budget_after_the_other():
+def test_compiles_for_one_budget_and_then_for_any():
     torch.compiler.reset()
     model = make_model(num_hidden_layers=1).double()
     images = pixels(dtype=torch.float64)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    graphs = []
     with torch.no_grad():
-        for num_patches in (4, 5):
+        for num_patches in range(9, 21):
             found = compiled(images, num_patches=num_patches).logits
             torch.testing.assert_close(found, model(images, num_patches=num_patches).logits)
+            graphs.append(counter.frame_count)
+    assert graphs[0] < graphs[1] == graphs[-1]
 
 
 def test_the_norm_sums_in_the_precision_of_the_residual_stream():
