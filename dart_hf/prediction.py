@@ -113,6 +113,7 @@ def load_model(source: str | os.PathLike, needs_classifier: bool = True) -> tupl
     classifies = architecture.endswith("ForImageClassification")
     if needs_classifier and not classifies:
         raise ValueError(f"{name!r} has no classifier: it is {architecture}.")
+    _check_files(Path(name))
     auto_model = AutoModelForImageClassification if classifies else AutoModel
     try:
         with _explained(name):
@@ -129,6 +130,20 @@ def load_model(source: str | os.PathLike, needs_classifier: bool = True) -> tupl
             )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), processor
+
+
+def _check_files(folder: Path) -> None:
+    """Raise an OSError if this is a folder that lacks what a model is loaded from."""
+    if not folder.is_dir():
+        return
+    for program in ("model.onnx", "model.pt2"):
+        if (folder / program).exists() and not any(folder.glob("*.safetensors")):
+            raise OSError(f"The folder '{folder}' holds an exported program, {program}, not a model of PyTorch.")
+    if not (folder / "preprocessor_config.json").exists():
+        raise OSError(
+            f"The folder '{folder}' has no preprocessor_config.json: save an image processor there, such as "
+            f"DartImageProcessor().save_pretrained('{folder}')."
+        )
 
 
 @contextmanager

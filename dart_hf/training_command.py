@@ -487,7 +487,8 @@ def start_model(
     if model.config.partition != "uniform" and model.scorer.is_dead:
         raise ValueError(
             f"The scorer {model.config.scorer!r} is frozen and has no weights: give scorer_weights (--scorer-weights), "
-            "'imagenet' to download them or a file."
+            "'imagenet' to download them or a file, or take a scorer that trains from scratch "
+            """(--model-settings '{"scorer": "conv"}')."""
         )
     return model, image_processor
 

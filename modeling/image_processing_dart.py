@@ -51,6 +51,7 @@ class DartImageProcessor(TorchvisionBackend):
 
     Raises:
         ValueError: An image has no pixels, NaN or infinite pixels, values out of range, or a wrong number of channels.
+            Or every resized image would be smaller than `crop_size`.
         OSError: A file is missing or unreadable.
     """
 
@@ -124,6 +125,8 @@ class DartImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         if do_center_crop and not (crop_size and crop_size.height and crop_size.width):
             raise ValueError(f"crop_size must have a height and a width, got {dict(crop_size or {})}.")
+        if do_resize and do_center_crop:
+            _check_crop(size, crop_size)
         if do_resize and do_center_crop and size.shortest_edge and not size.longest_edge:
             images = [_trim(image, size.shortest_edge, max(crop_size.height, crop_size.width)) for image in images]
         # Images of one size are stacked, and 8-bit images in one stack with others would be resized without rounding.
@@ -298,6 +301,20 @@ def _trim(image: torch.Tensor, shortest_edge: int, crop: int) -> torch.Tensor:
     longest = math.ceil(LONGEST_ASPECT * min(height, width) * max(1, crop / shortest_edge))
     top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
     return image[:, top : height - top, left : width - left]
+
+
+def _check_crop(size: SizeDict, crop_size: SizeDict) -> None:
+    """Raise a ValueError if every resized image is smaller than its crop."""
+    if size.shortest_edge:
+        fits = size.shortest_edge >= min(crop_size.height, crop_size.width)
+    else:
+        fits = not size.height or (size.height >= crop_size.height and size.width >= crop_size.width)
+    if not fits:
+        given = " × ".join(str(size[side]) for side in ("shortest_edge", "height", "width") if size[side])
+        raise ValueError(
+            f"size ({given}) is smaller than crop_size ({crop_size.height} × {crop_size.width}), which would give "
+            "every image black borders; give a crop_size that fits."
+        )
 
 
 __all__ = ["DartImageProcessor"]

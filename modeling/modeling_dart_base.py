@@ -44,6 +44,12 @@ class RegionPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["scorer"]
     _can_compile_fullgraph = True
 
+    def __init__(self, config: RegionConfig, *args: Any, **kwargs: Any) -> None:
+        wanted = self.config_class
+        if getattr(config, "model_type", wanted.model_type) != wanted.model_type:
+            raise ValueError(f"{type(self).__name__} takes a {wanted.__name__}, got a {type(config).__name__}.")
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range

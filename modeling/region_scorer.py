@@ -195,7 +195,7 @@ class RegionScorer(nn.Module):
 
     def _warn_of_dead_trunk(self) -> None:
         # Once per model: reading the flag waits for the device.
-        if self._trunk_checked or torch.compiler.is_compiling() or self.trunk_loaded.is_meta:
+        if torch.compiler.is_compiling() or self._trunk_checked or self.trunk_loaded.is_meta:
             return
         self._trunk_checked = True
         if self.is_dead:
@@ -313,7 +313,7 @@ class ScoreStatistics(nn.Module):
         return mean, torch.where(tracked, self.running_var.to(variance.dtype), variance)
 
     def _warn_of_neighbours(self, batch_size: int) -> None:
-        if batch_size > 1 and not self._batch_checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and batch_size > 1 and not self._batch_checked:
             self._batch_checked = True
             logger.warning(
                 "score_normalization='batch' (the published rule) makes an image's prediction depend on the other "
@@ -321,8 +321,8 @@ class ScoreStatistics(nn.Module):
             )
 
     def _warn_of_missing_statistics(self) -> None:
-        # Once per model: reading the counter waits for the device.
-        if self._running_checked or torch.compiler.is_compiling() or self.num_batches_tracked.is_meta:
+        # Once per model: reading the counter waits for the device. A compiled model would be compiled again after it.
+        if torch.compiler.is_compiling() or self._running_checked or self.num_batches_tracked.is_meta:
             return
         self._running_checked = True
         if self.num_batches_tracked.item() == 0:

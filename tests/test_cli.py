@@ -68,6 +68,10 @@ def folder(tmp_path, monkeypatch, model, processor) -> Path:
     for name in ("model", "incomplete", "too-large"):
         model.save_pretrained(name)
         processor.save_pretrained(name)
+    shutil.copytree("model", "unprepared")
+    Path("unprepared/preprocessor_config.json").unlink()
+    shutil.copytree("model", "program")
+    Path("program/model.safetensors").rename("program/model.onnx")
     weights = load_file("model/model.safetensors")
     bias = weights.pop("classifier.bias")
     save_file(weights, "incomplete/model.safetensors")
@@ -232,6 +236,8 @@ CALIBRATE = ["calibrate", "--model", "model", "--data"]
         ([*PREDICT, "encoder"], "'encoder' has no classifier: it is DartModel"),
         ([*PREDICT, "incomplete"], "missing classifier.bias"),
         ([*PREDICT, "too-large"], "unexpected extra"),
+        ([*PREDICT, "unprepared"], "The folder 'unprepared' has no preprocessor_config.json: save an image processor"),
+        ([*PREDICT, "program"], "The folder 'program' holds an exported program, model.onnx"),
         ([*PREDICT, "cup.png"], "'cup.png' is a file"),
         ([*PREDICT, "./none"], "There is no folder './none'"),
         ([*PREDICT, "some/model"], "no folder 'some/model', and no such model could be had from the Hub"),

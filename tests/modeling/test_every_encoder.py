@@ -65,6 +65,19 @@ def process_group(tmp_path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("other", ENCODERS)
+def test_a_configuration_of_another_encoder_is_refused(model_type, other):
+    model_class = type(tiny_classifier(LABELS, model_type))
+    config = AutoConfig.for_model(other, **ENCODERS[other], scorer="conv")
+    if other == model_type:
+        assert model_class(config).config is config
+    else:
+        with pytest.raises(
+            ValueError, match=f"takes a {model_class.config_class.__name__}, got a {type(config).__name__}"
+        ):
+            model_class(config)
+
+
 # --- an image's prediction does not depend on its neighbours ---------------------------------------------------------
 
 

@@ -251,6 +251,16 @@ def test_bad_images_are_refused_in_one_sentence(processor, image, settings, sent
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [(96, "96"), ({"height": 448, "width": 96}, "448 × 96"), ({"height": 96, "width": 448}, "96 × 448")],
+)
+def test_a_size_below_the_crop_is_refused(coffee, size, given):
+    with pytest.raises(ValueError, match=f"size \\({given}\\) is smaller than crop_size \\(448 × 448\\)"):
+        DartImageProcessor(size=size)(coffee)
+    assert DartImageProcessor(size=size, crop_size=96)(coffee, return_tensors="pt").pixel_values.shape[-2:] == (96, 96)
+
+
 def test_unreadable_files_are_named(processor, coffee, tmp_path):
     whole, half, text = tmp_path / "whole.jpg", tmp_path / "half.jpg", tmp_path / "text.png"
     Image.fromarray(coffee).save(whole)
