@@ -13,6 +13,7 @@ import functools
 import importlib
 import math
 import operator
+import re
 from collections.abc import Callable
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -281,8 +282,8 @@ def _gradients(
 
 
 # One node of a compiler's graph, for sequences of any length: it would take minutes over the single steps, and keep the
-# states for the gradient. By the name of this module, which remote code loads under another one beside dart_hf's.
-_NAMESPACE = __name__.replace(".", "_")
+# states for the gradient. Named like this module, which remote code loads once more, under a folder's name.
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())

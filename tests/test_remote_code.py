@@ -32,7 +32,8 @@ def test_a_bare_model_names_its_code(model_type, config_class, model_class, tmp_
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_loads_without_dart_hf(model_type, tmp_path):
     model = tiny_classifier(("ant", "bee", "cicada"), model_type)
-    folder, resaved = tmp_path / "saved", tmp_path / "resaved"
+    # The code is a module of the folder's name.
+    folder, resaved = tmp_path / "modèle (1)", tmp_path / "resaved"
     model.save_pretrained(folder)
     DartImageProcessor().save_pretrained(folder)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
