@@ -5,7 +5,8 @@
 The same model runs with each scan in turn: `chunks` is this library's; `transformers` is what transformers' Mamba falls
 back to without a kernel, all factors at once and then a loop over the tokens; `loop` is a loop that computes the
 factors as it goes; where the package mambapy is installed, `mambapy` is its parallel scan; on a GPU with mamba_ssm,
-`kernel` is its CUDA kernel. `none` leaves the scans out, which shows what the rest of the model takes.
+`kernel` is its CUDA kernel. `none` leaves the scans out, which shows what the rest takes, and `compiled` is
+this library's scan in a model under torch.compile, which takes a C++ compiler.
 """
 
 import functools
@@ -122,15 +123,23 @@ def with_scan(name: str, scan: Callable, run: Callable[[], None]) -> None:
 
 
 def compare_scans(
-    preset: str, run: Callable, settings: Settings, layers: int | None = None, leave_out: Sequence[str] = ()
+    preset: str,
+    run: Callable,
+    settings: Settings,
+    layers: int | None = None,
+    leave_out: Sequence[str] = (),
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Milliseconds of the model with each scan but some, and how many times ours each takes."""
+    """Milliseconds of the model with each scan but some, and how many times ours each takes; and of ours compiled."""
     images, model = pictures(settings.batch_size, settings.device), build(preset, 196, settings.device, layers)
     runs = {
         (name,): functools.partial(with_scan, name, scan, functools.partial(run, model, images))
         for name, scan in scans(settings.device).items()
         if name not in leave_out
     }
+    if compiled:
+        run_compiled = functools.partial(run, torch.compile(model), images)
+        runs["compiled",] = functools.partial(with_scan, "compiled", selective_scan.selective_scan, run_compiled)
     times = {name: summary(samples) for (name,), samples in interleave(runs, settings, run.__name__).items()}
     for name, measured in times.items():
         measured["times_ours"] = round(measured["median"] / times["chunks"]["median"], 2)
@@ -187,6 +196,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
     rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
+    lengths: Annotated[bool, typer.Option(help="Whether to measure time and memory at several lengths too.")] = True,
 ) -> None:
     """Measure, and write a JSON file."""
     if threads is not None:
@@ -195,13 +205,13 @@ def main(
     settings.check()
     with quiet():
         compared = [
-            compare_scans(preset, inference, settings),
+            compare_scans(preset, inference, settings, compiled=True),
             compare_scans(preset, inference, replace(settings, batch_size=1)),
             # The gradient of the one's loop is as slow as the square of the length; the other keeps 10 GiB.
             compare_scans(preset, training, replace(settings, rounds=2), leave_out=("transformers", "mambapy")),
             compare_scans(preset, training, settings, layers=2),
         ]
-        lines = grow(preset, settings)
+        lines = grow(preset, settings) if lengths else []
     for line in lines:
         typer.echo(", ".join(f"{name} {value}" for name, value in line.items()))
     results = {
