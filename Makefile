@@ -22,7 +22,7 @@ help:
 	@echo "make quickstart   train a small model on digits in photographs and look at its regions (minutes)"
 	@echo "make test         run the tests"
 	@echo "make lint         check style and formatting"
-	@echo "make benchmark    measure speed and memory beside other vision transformers (about an hour)"
+	@echo "make benchmark    measure speed and memory beside other vision transformers (hours on two cores)"
 	@echo "make venv         make .venv with everything for development"
 	@echo "make clean        remove build products, caches and quick start results (.venv stays)"
 

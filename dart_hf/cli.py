@@ -487,7 +487,7 @@ def benchmark(
     training: Annotated[bool, typer.Option(help="Measure training steps too.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
 ) -> None:
-    """Measure speed and memory beside timm's DeiT and transformers' ViT, taking turns (half an hour on two cores)."""
+    """Measure speed and memory beside timm's DeiT and transformers' ViT, taking turns."""
     from dart_hf.benchmark import Settings, run_benchmark
 
     settings = Settings(

@@ -39,10 +39,8 @@ def test_the_gpu_computes_what_the_cpu_computes_with_every_encoder(model_type):
     torch.testing.assert_close(model.cuda()(images).logits.cpu(), expected)
 
 
-@pytest.mark.parametrize("partition", ["flow", "grid", "uniform"])
-@pytest.mark.parametrize("training", [True, False])
-def test_nothing_synchronises_after_the_first_call(partition, training):
-    model, inputs = make_model(partition=partition).train(training), batch()
+def assert_only_the_first_call_synchronises(model: torch.nn.Module) -> None:
+    inputs = batch()
     model(**inputs).loss.backward()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -50,18 +48,18 @@ def test_nothing_synchronises_after_the_first_call(partition, training):
         model(**inputs).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.parametrize("partition", ["flow", "grid", "uniform"])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_synchronises_after_the_first_call(partition, training):
+    assert_only_the_first_call_synchronises(make_model(partition=partition).train(training))
 
 
 @pytest.mark.parametrize("model_type", ["dart_vim", "dart_rmt"])
 def test_no_encoder_synchronises_after_the_first_call(model_type):
-    model, inputs = tiny_classifier([str(label) for label in range(5)], model_type).cuda().train(), batch()
-    model(**inputs).loss.backward()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model(**inputs).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+    model = tiny_classifier([str(label) for label in range(5)], model_type)
+    assert_only_the_first_call_synchronises(model.cuda().train())
 
 
 def test_cuda_graphs_give_the_same_logits():

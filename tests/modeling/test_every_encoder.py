@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from tiny_models import ENCODERS, tiny_classifier
 from torch import distributed
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -217,6 +218,19 @@ def test_compiles_as_one_graph_forward_and_backward(model):
         out.loss.backward()
         results.append((out.logits, [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(*results)
+
+
+@torch.no_grad()
+def test_an_eager_call_makes_no_new_graph(model):
+    """What it keeps in mind, as that it has warned, is nothing to the compiled model."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled(pixels())
+    graphs = counter.frame_count
+    model(pixels())
+    compiled(pixels())
+    assert counter.frame_count == graphs > 0
 
 
 def test_exports_for_any_number_of_images(model):

@@ -378,7 +378,6 @@ def test_compiles_for_one_budget_and_then_for_any():
             found = compiled(images, num_patches=num_patches).logits
             torch.testing.assert_close(found, model(images, num_patches=num_patches).logits)
             graphs.append(counter.frame_count)
-    # The eager calls in between, which warn once, change nothing either.
     assert graphs[0] < graphs[1] == graphs[-1]
 
 
