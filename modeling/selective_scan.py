@@ -6,7 +6,7 @@ For every channel e and state s of a sequence, with x, Δ (L, E), A (E, S) and B
 
 (Mamba, arXiv 2312.00752.) A sequence is cut into chunks. They take their first step at once, then their second…, each
 as if nothing were before it; then every chunk is given what those before it left. All factors are decays of at most 1,
-so nothing overflows.
+so nothing overflows. A CPU, which many images' states keep busy, takes fewer chunks than a GPU, or only one.
 """
 
 import functools
@@ -34,6 +34,9 @@ USE_CUDA_KERNEL = True
 CPU_BLOCK = 2**20
 # In float32 256 MiB, of which a gradient takes four.
 GPU_BLOCK = 2**26
+# Fewer numbers PyTorch computes on one core of a CPU. Where one token of all images has as many, it makes a step alone;
+# more chunks side by side would only be more work.
+CPU_STEP = 2**15
 
 
 def selective_scan(
@@ -159,13 +162,13 @@ class _Sizes(NamedTuple):
     @classmethod
     def choose(cls, x: torch.Tensor, num_states: int) -> "_Sizes":
         """For x (batch, L, E)."""
-        block = GPU_BLOCK if x.is_cuda else CPU_BLOCK
+        block, step = (GPU_BLOCK, GPU_BLOCK) if x.is_cuda else (CPU_BLOCK, CPU_STEP)
         batch, length, channels = x.shape
         # A block of fewer tokens of more images would be one step after the other.
         images = max(1, min(batch, block // (16 * num_states * channels)))
         states = images * num_states * channels
         tokens = min(length, max(4, block // states))
-        chunks = math.isqrt(tokens - 1) + 1
+        chunks = max(1, min(step // states, math.isqrt(tokens - 1) + 1))
         # No longer than it takes for as many segments: there may be fewer of them then.
         steps = math.ceil(length / (math.ceil(length / tokens) * chunks))
         return cls(images, math.ceil(length / (chunks * steps)), chunks, steps)
@@ -225,14 +228,14 @@ def _scan_blockwise(
     y = sizes.empty(x)
     # The states' axis is the last but one, and what has none has one entry there.
     sequences = (x[:, :, None], delta[:, :, None], B[..., None], C[:, :, None], y[:, :, None])
-    block, starts = _Block(), []
+    block, starts = _Block(backwards), []
     for segments in sizes.group(*sequences):
         start = x.new_zeros(len(segments[0][0]), *rates.shape)
         for values, deltas, weights, readings, results in segments[:: -1 if backwards else 1]:
             starts.append(start)
-            h = block.states(deltas, deltas * values, weights, rates, start, backwards)
+            h = block.states(deltas, deltas * values, weights, rates, start)
             results.copy_(readings @ h)
-            start = block.end(backwards).clone()
+            start = block.end().clone()
     return y, starts
 
 
@@ -255,24 +258,23 @@ def _gradients(
     grads = tuple(map(sizes.empty, (x, delta, B, C)))
     rows = (each[:, :, None] for each in (x, delta, next_delta, grad_y, *grads))
     grad_rates = torch.zeros_like(rates)
-    block, gradients = _Block(), _Block()
+    block, gradients = _Block(backwards), _Block(not backwards)
     for segments in sizes.group(B[..., None], C[..., None], *rows):
         segments = list(zip(segments[:: -1 if backwards else 1], islice(starts, len(segments)), strict=True))
         following = torch.zeros_like(segments[0][1])
         for (weights, readings, values, deltas, next_deltas, grads_y, *grads_here), start in reversed(segments):
             grad_inputs, grad_deltas, grads_B, grads_C = grads_here
             inputs = deltas * values
-            h = block.states(deltas, inputs, weights, rates, start, backwards)
-            grad_h = gradients.states(next_deltas, grads_y, readings, rates, following, not backwards)
-            following = gradients.end(not backwards).clone()
+            h = block.states(deltas, inputs, weights, rates, start)
+            grad_h = gradients.states(next_deltas, grads_y, readings, rates, following)
+            following = gradients.end().clone()
             # Rows from the left: columns from the right take ten times as long.
             grads_C.copy_(grads_y @ h.mT)
             grads_B.copy_(inputs @ grad_h.mT)
             grad_inputs.copy_(weights.mT @ grad_h)
             # What is left in a state of the one before it, times the gradient: the gradient of the exponent. As a
             # product, because the difference of state and input has lost it where the time step is large.
-            decays = torch.mul(deltas, rates, out=block.decays).exp2_()
-            grad_exponent = block.times_before(decays, start, backwards).mul_(grad_h)
+            grad_exponent = block.times_before(block.step_decays(deltas, rates), start).mul_(grad_h)
             grad_rates += torch.mul(grad_exponent, deltas, out=grad_h).sum((0, 1, 2))
             grad_deltas.copy_(grad_exponent.mul_(rates).sum(-2, keepdim=True))
     grad_inputs, grad_delta, grad_B, grad_C = (each[:, : x.shape[1]] for each in grads)
@@ -336,10 +338,14 @@ _scan_operator.register_autograd(_differentiate, setup_context=_save_for_gradien
 
 
 class _Block:
-    """Computes the states of one segment after the other in the same memory."""
+    """Computes the states of one segment after the other, from the first token to the last or backwards, in the same
+    memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, backwards: bool) -> None:
+        self.backwards = backwards
         self.memory = torch.empty(0)
+        # The chunks behind the first.
+        self.later = slice(-1) if backwards else slice(1, None)
 
     def states(
         self,
@@ -348,7 +354,6 @@ class _Block:
         weights: torch.Tensor,
         rates: torch.Tensor,
         start: torch.Tensor,
-        backwards: bool,
     ) -> torch.Tensor:
         """h_t = 2^(Δ_t rates) h_(t-1) + inputs_t weights_t, or with h_(t+1).
 
@@ -357,7 +362,6 @@ class _Block:
             weights: (images, K, T, S, 1).
             rates: (S, E).
             start: (images, S, E), what is before the first of these tokens, or behind the last.
-            backwards: Whether from the last token to the first.
 
         Returns:
             (images, K, T, S, E), until the next call.
@@ -368,20 +372,26 @@ class _Block:
         torch.mul(delta, rates, out=self.decays).exp2_()
         torch.mul(inputs, weights, out=self.memory)
 
-        direction, first, last = (-1, -1, 0) if backwards else (1, 0, -1)
-        self.memory[:, first, first].addcmul_(self.decays[:, first, first], start)
-        for (decay_before, before), (decay, state) in pairwise(self.steps[::direction]):
+        first_decay, first_state = self.first
+        first_state.addcmul_(first_decay, start)
+        for (_, before), (decay, state) in pairwise(self.steps):
             state.addcmul_(decay, before)
+        for before, decay in pairwise(self.later_decays):
             # From here on the decay since the chunk began.
-            decay.mul_(decay_before)
-        for (_, before), (decay, states) in pairwise(self.chunks[::direction]):
-            states.addcmul_(decay, before[:, last, None])
+            decay.mul_(before)
+        for (_, _, before), (decays, states, _) in pairwise(self.chunks):
+            states.addcmul_(decays, before)
         return self.memory
 
-    def times_before(self, factors: torch.Tensor, start: torch.Tensor, backwards: bool) -> torch.Tensor:
+    def step_decays(self, delta: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        """2^(Δ_t rates) after `states` with the same, which has written over them in the chunks but the first."""
+        torch.mul(delta[:, self.later], rates, out=self.decays[:, self.later]).exp2_()
+        return self.decays
+
+    def times_before(self, factors: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """Multiply factors (images, K, T, S, E) in place by the state before each of the present ones."""
         flat, states = factors.flatten(1, 2), self.memory.flatten(1, 2)
-        if backwards:
+        if self.backwards:
             flat[:, :-1].mul_(states[:, 1:])
             flat[:, -1].mul_(start)
         else:
@@ -389,12 +399,18 @@ class _Block:
             flat[:, 0].mul_(start)
         return factors
 
-    def end(self, backwards: bool) -> torch.Tensor:
+    def end(self) -> torch.Tensor:
         """(images, S, E), what the segment leaves."""
-        return self.memory[:, 0, 0] if backwards else self.memory[:, -1, -1]
+        return self.chunks[-1][-1].squeeze(1)
 
     def _allocate(self, decays: torch.Tensor, states: torch.Tensor) -> None:
         self.decays, self.memory = decays, states
         # The parts of the memory are looked up once for all segments.
-        self.steps = list(zip(decays.unbind(2), states.unbind(2), strict=True))
-        self.chunks = list(zip(decays.unbind(1), states.unbind(1), strict=True))
+        order, first, last = (-1, -1, 0) if self.backwards else (1, 0, -1)
+        self.first = decays[:, first, first], states[:, first, first]
+        self.steps = list(zip(decays.unbind(2), states.unbind(2), strict=True))[::order]
+        ends = states[:, :, last, None].unbind(1)
+        self.chunks = list(zip(decays.unbind(1), states.unbind(1), ends, strict=True))[::order]
+        # Nothing is before the first chunk that would decay.
+        later_decays = decays[:, self.later]
+        self.later_decays = later_decays.unbind(2)[::order] if later_decays.numel() else ()

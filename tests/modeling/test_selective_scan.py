@@ -121,6 +121,26 @@ def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, b
 
 
 @both_directions
+@pytest.mark.parametrize(
+    ("step", "chunks"),
+    [
+        # One token of two images has 24 numbers.
+        (1, 1),
+        (47, 1),
+        (48, 2),
+        (72, 3),
+        # More chunks would have fewer steps than there are chunks.
+        (10**6, 5),
+    ],
+)
+def test_chunks_side_by_side_give_a_step_enough_to_do(monkeypatch, step, chunks, backwards):
+    monkeypatch.setattr(module, "CPU_STEP", step)
+    tensors = inputs(25)
+    assert module._Sizes.choose(tensors[0], num_states=4)[2:] == (chunks, -(-25 // chunks))
+    assert_scans(tensors, backwards)
+
+
+@both_directions
 def test_no_sequence_at_all(backwards):
     leaves = [tensor.requires_grad_() for tensor in inputs(5, batch=0)]
     y = selective_scan(*leaves, backwards)
@@ -147,12 +167,14 @@ def test_the_result_can_be_changed_in_place(backwards):
     channels=st.integers(1, 4),
     states=st.integers(1, 5),
     block=st.integers(1, 2000),
+    step=st.integers(1, 200),
     backwards=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(length, batch, channels, states, block, backwards, seed):
+def test_any_shape(length, batch, channels, states, block, step, backwards, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CPU_BLOCK", block)
+        patch.setattr(module, "CPU_STEP", step)
         assert_scans(inputs(length, batch, channels, states, seed=seed), backwards)
 
 
