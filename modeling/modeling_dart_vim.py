@@ -1,6 +1,8 @@
 """DART with a Vision Mamba encoder (Vim, arXiv 2401.09417)."""
 
+import functools
 import math
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -24,6 +26,46 @@ from .region_tokenizer import RegionTokenizer
 from .scorer_trunk import build_trunk  # noqa: F401
 from .selective_scan import selective_scan
 
+# The log1p in softplus reads one of its constants for -0 alone. Until somebody does, the constant's page may be missing
+# in memory, and an AMD processor with AVX-512 takes ten times as long to find out that a vector has no such number.
+torch.log1p(torch.full((64,), -0.0, device="cpu"))
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **settings: Any) -> torch.Tensor:
+    """Along the tokens (B, L, E), by weights (F, E, K) -> (B, L', F)."""
+    # As an image one pixel high with its channels side by side in memory, which is read as it is.
+    image = x.transpose(1, 2)[:, :, None]
+    return conv2d(image, weight[:, :, None], bias, **settings)[:, :, 0].transpose(1, 2)
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    """Whether PyTorch's library for products of matrices, MKL, leaves half of this processor's vectors empty.
+
+    It takes AVX-512 on Intel's processors only; oneDNN, PyTorch's library for convolutions, on AMD's too.
+    """
+    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return libraries and processor.get("avx512_f", False) and processor.get("cpu_name", "").startswith("AMD")
+
+
+class DartVimLinear(nn.Linear):
+    """`nn.Linear`, as a convolution where that is faster: eager, in float32, on an AMD processor with AVX-512."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._convolves(x):
+            return _convolve(x, self.weight[..., None], self.bias)
+        return super().forward(x)
+
+    def _convolves(self, x: torch.Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        # Other classes of weights are somebody's quantized or distributed ones, which may know products only.
+        plain = x.device.type == "cpu" and x.ndim == 3 and x.numel() > 0 and type(self.weight) is nn.Parameter
+        precise = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        # On a single thread PyTorch's convolutions of one token call MKL, too.
+        return plain and precise and torch.get_num_threads() > 1 and _mkl_is_slow()
+
 
 class DartVimConvolution(nn.Conv1d):
     """Each token and the few before it in the direction of the scan, channel by channel: (B, L, E) -> (B, L, E)."""
@@ -35,10 +77,8 @@ class DartVimConvolution(nn.Conv1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         reach, length = self.kernel_size[0] - 1, x.shape[1]
         weight, first = (self.weight.flip(-1), reach) if self.backwards else (self.weight, 0)
-        # As an image one pixel high with its channels side by side in memory, which is read as it is.
-        image = x.transpose(1, 2)[:, :, None]
-        convolved = conv2d(image, weight[:, :, None], self.bias, padding=(0, reach), groups=self.groups)
-        return convolved[:, :, 0, first : first + length].transpose(1, 2)
+        convolved = _convolve(x, weight, self.bias, padding=(0, reach), groups=self.groups)
+        return convolved[:, first : first + length]
 
 
 class DartVimTimeSteps(nn.Module):
@@ -59,7 +99,7 @@ class DartVimTimeSteps(nn.Module):
         return softplus(delta.to(precise) + self.bias.to(precise))
 
 
-class DartVimOutput(nn.Linear):
+class DartVimOutput(DartVimLinear):
     """What a mixer adds to the residual stream. Loading initialises by the class of what has the missing weight."""
 
 
@@ -80,7 +120,7 @@ class DartVimScan(nn.Module):
         channels, rank = config.expand * config.hidden_size, config.time_step_rank
         self.sizes = (rank, config.state_size, config.state_size)
         self.conv1d = DartVimConvolution(channels, config.conv_kernel, backwards)
-        self.x_proj = nn.Linear(channels, sum(self.sizes), bias=False)
+        self.x_proj = DartVimLinear(channels, sum(self.sizes), bias=False)
         self.dt_proj = DartVimTimeSteps(rank, channels)
         # The published names of the rates of decay, in logarithms, and of the skip connection.
         self.A_log = nn.Parameter(torch.zeros(channels, config.state_size))
@@ -100,7 +140,7 @@ class DartVimMixer(nn.Module):
     def __init__(self, config: DartVimConfig) -> None:
         super().__init__()
         channels = config.expand * config.hidden_size
-        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=False)
+        self.in_proj = DartVimLinear(config.hidden_size, 2 * channels, bias=False)
         self.forward_scan = DartVimScan(config, backwards=False)
         self.backward_scan = DartVimScan(config, backwards=True)
         self.out_proj = DartVimOutput(channels, config.hidden_size, bias=False)

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy, linear, silu
 
 from dart_hf import DartVimConfig, DartVimForImageClassification, DartVimModel
-from dart_hf.modeling.modeling_dart_vim import DartVimMixer, DartVimNorm, DartVimScan
+from dart_hf.modeling import modeling_dart_vim as module
+from dart_hf.modeling.modeling_dart_vim import DartVimLinear, DartVimMixer, DartVimNorm, DartVimScan
 
 
 def make_config(**settings) -> DartVimConfig:
@@ -169,7 +170,7 @@ def test_any_budget_and_image_shape(size, num_patches, partition):
 
 
 def scans(model) -> list[DartVimScan]:
-    return [module for module in model.modules() if isinstance(module, DartVimScan)]
+    return [layer for layer in model.modules() if isinstance(layer, DartVimScan)]
 
 
 @torch.no_grad()
@@ -388,7 +389,117 @@ def test_the_norm_sums_in_the_precision_of_the_residual_stream():
     torch.testing.assert_close(normalised[0], torch.tensor([1.1547, -1.1547, 1.1547, 0.0]).half())
 
 
-def test_what_is_called_linear_is_linear():
-    """Tools for adapters and quantisation extend or replace every `nn.Linear`."""
+# --- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def convolutions(monkeypatch) -> list[torch.Size]:
+    """The shapes that linear layers hand to a convolution, as on an AMD processor with AVX-512 and two cores."""
+    shapes, convolve = [], module._convolve
+
+    def look(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **settings) -> torch.Tensor:
+        if not settings:
+            shapes.append(x.shape)
+        return convolve(x, weight, bias, **settings)
+
+    monkeypatch.setattr(module, "_convolve", look)
+    monkeypatch.setattr(module, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return shapes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 7, 6), (2, 5, 12)])
+def test_a_linear_layer_may_be_a_convolution(convolutions, shape, bias):
+    torch.manual_seed(0)
+    layer = DartVimLinear(6, 4, bias=bias)
+    # A part of something wider, as the halves of the mixer's first projection are.
+    x = torch.randn(shape)[..., -6:].requires_grad_()
+    found, expected = layer(x), nn.Linear.forward(layer, x)
+    assert convolutions == [x.shape]
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    leaves = [x, *layer.parameters()]
+    for gradients in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(*gradients)
+
+
+class OtherWeight(torch.Tensor):
+    """Stands for a quantized or distributed one."""
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["double", "half", "autocast", "compiled", "traced", "one thread", "other weight", "no tokens", "one row", "Intel"],
+)
+def test_it_is_a_product_where_a_convolution_would_not_do(monkeypatch, convolutions, why):
+    layer, x = DartVimLinear(6, 4), torch.randn(2, 3, 6)
+    if why in ("double", "half"):
+        dtype = {"double": torch.float64, "half": torch.bfloat16}[why]
+        layer, x = layer.to(dtype), x.to(dtype)
+    elif why == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif why == "traced":
+        monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    elif why == "one thread":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    elif why == "other weight":
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OtherWeight))
+    elif why == "no tokens":
+        x = x[:, :0]
+    elif why == "one row":
+        x = x[0]
+    elif why == "Intel":
+        monkeypatch.setattr(module, "_mkl_is_slow", lambda: False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        assert torch.equal(layer(x), nn.Linear.forward(layer, x))
+    assert not convolutions
+
+
+@pytest.mark.parametrize(
+    ("processor", "slow"),
+    [
+        ({"cpu_name": "AMD EPYC 9R14", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC 7R13", "avx512_f": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8488C", "avx512_f": True}, False),
+        ({"cpu_name": "Neoverse-V2"}, False),
+        ({"avx512_f": True}, False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("has_mkl", [True, False])
+def test_mkl_is_slow_on_amd_with_avx512(monkeypatch, processor, slow, has_mkl):
+    if processor is None:
+        # Older releases of PyTorch.
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert module._mkl_is_slow.__wrapped__() == (slow and has_mkl)
+
+
+def test_convolutions_give_the_same_model(convolutions, monkeypatch):
     model = make_model()
-    assert all(type(module).forward is nn.Linear.forward for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        convolved = model(pixels()).logits
+        # Two projections of every mixer, and one in either direction.
+        assert len(convolutions) == 4 * 3
+        monkeypatch.setattr(module, "_mkl_is_slow", lambda: False)
+        torch.testing.assert_close(convolved, model(pixels()).logits, rtol=1e-4, atol=1e-4)
+    assert len(convolutions) == 4 * 3
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_is_called_linear_is_linear(monkeypatch, slow):
+    """Tools for adapters and quantisation extend or replace every `nn.Linear`."""
+    monkeypatch.setattr(module, "_mkl_is_slow", lambda: slow)
+    layers = [layer for layer in make_model().modules() if isinstance(layer, nn.Linear)]
+    assert layers
+    for layer in layers:
+        x = torch.randn(2, 5, layer.in_features)
+        torch.testing.assert_close(layer(x), linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
