@@ -28,7 +28,7 @@ from .selective_scan import selective_scan
 
 # The log1p in softplus reads one of its constants for -0 alone. Until somebody does, the constant's page may be missing
 # in memory, and an AMD processor with AVX-512 takes ten times as long to find out that a vector has no such number.
-torch.log1p(torch.full((64,), -0.0, device="cpu"))
+torch.log1p(torch.full((64,), -0.0, dtype=torch.float32, device="cpu"))
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **settings: Any) -> torch.Tensor:
@@ -44,27 +44,34 @@ def _mkl_is_slow() -> bool:
 
     It takes AVX-512 on Intel's processors only; oneDNN, PyTorch's library for convolutions, on AMD's too.
     """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    # Not in older releases of PyTorch.
     processor = getattr(torch.cpu, "get_capabilities", dict)()
-    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return libraries and processor.get("avx512_f", False) and processor.get("cpu_name", "").startswith("AMD")
+    return processor.get("avx512_f", False) and processor.get("cpu_name", "").startswith("AMD")
 
 
-class DartVimLinear(nn.Linear):
-    """`nn.Linear`, as a convolution where that is faster: eager, in float32, on an AMD processor with AVX-512."""
+def _project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer (B, L, D) -> (B, L, F), as a convolution where that is faster."""
+    if _is_eager_float32(x) and _mkl_is_slow() and _is_as_made(layer):
+        return _convolve(x, layer.weight[..., None], layer.bias)
+    return layer(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._convolves(x):
-            return _convolve(x, self.weight[..., None], self.bias)
-        return super().forward(x)
 
-    def _convolves(self, x: torch.Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        # Other classes of weights are somebody's quantized or distributed ones, which may know products only.
-        plain = x.device.type == "cpu" and x.ndim == 3 and x.numel() > 0 and type(self.weight) is nn.Parameter
-        precise = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        # On a single thread PyTorch's convolutions of one token call MKL, too.
-        return plain and precise and torch.get_num_threads() > 1 and _mkl_is_slow()
+def _is_as_made(layer: nn.Module) -> bool:
+    """Whether nobody has put another layer in its place, another kind of weights into it, or a call around it."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    if type(layer) not in (nn.Linear, DartVimOutput) or "forward" in vars(layer) or any(hooks):
+        return False
+    weight = layer.weight
+    return type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.layout == torch.strided
+
+
+def _is_eager_float32(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    # On one thread PyTorch convolves few images with MKL, too.
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and torch.get_num_threads() > 1
 
 
 class DartVimConvolution(nn.Conv1d):
@@ -99,7 +106,7 @@ class DartVimTimeSteps(nn.Module):
         return softplus(delta.to(precise) + self.bias.to(precise))
 
 
-class DartVimOutput(DartVimLinear):
+class DartVimOutput(nn.Linear):
     """What a mixer adds to the residual stream. Loading initialises by the class of what has the missing weight."""
 
 
@@ -120,7 +127,7 @@ class DartVimScan(nn.Module):
         channels, rank = config.expand * config.hidden_size, config.time_step_rank
         self.sizes = (rank, config.state_size, config.state_size)
         self.conv1d = DartVimConvolution(channels, config.conv_kernel, backwards)
-        self.x_proj = DartVimLinear(channels, sum(self.sizes), bias=False)
+        self.x_proj = nn.Linear(channels, sum(self.sizes), bias=False)
         self.dt_proj = DartVimTimeSteps(rank, channels)
         # The published names of the rates of decay, in logarithms, and of the skip connection.
         self.A_log = nn.Parameter(torch.zeros(channels, config.state_size))
@@ -128,7 +135,7 @@ class DartVimScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = silu(self.conv1d(x))
-        steps, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        steps, B, C = _project(self.x_proj, x).split(self.sizes, dim=-1)
         delta = self.dt_proj(steps)
         y = selective_scan(x, delta, -self.A_log.to(delta.dtype).exp(), B, C, self.backwards)
         return torch.addcmul(y, x, self.D.to(x.dtype))
@@ -140,15 +147,15 @@ class DartVimMixer(nn.Module):
     def __init__(self, config: DartVimConfig) -> None:
         super().__init__()
         channels = config.expand * config.hidden_size
-        self.in_proj = DartVimLinear(config.hidden_size, 2 * channels, bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=False)
         self.forward_scan = DartVimScan(config, backwards=False)
         self.backward_scan = DartVimScan(config, backwards=True)
         self.out_proj = DartVimOutput(channels, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, gate = _project(self.in_proj, hidden_states).chunk(2, dim=-1)
         y = self.forward_scan(x) + self.backward_scan(x)
-        return self.out_proj(y * silu(gate)) / 2
+        return _project(self.out_proj, y * silu(gate)) / 2
 
 
 class DartVimLayer(GradientCheckpointingLayer):

@@ -34,8 +34,8 @@ USE_CUDA_KERNEL = True
 CPU_BLOCK = 2**20
 # In float32 256 MiB, of which a gradient takes four.
 GPU_BLOCK = 2**26
-# Fewer numbers PyTorch computes on one core of a CPU. Where one token of all images has as many, it makes a step alone;
-# more chunks side by side would only be more work.
+# Up to how many numbers of a step PyTorch computes on one thread of a CPU. Where one token of all images keeps all
+# threads busy, more chunks side by side would only be more work.
 CPU_STEP = 2**15
 
 
@@ -162,13 +162,15 @@ class _Sizes(NamedTuple):
     @classmethod
     def choose(cls, x: torch.Tensor, num_states: int) -> "_Sizes":
         """For x (batch, L, E)."""
-        block, step = (GPU_BLOCK, GPU_BLOCK) if x.is_cuda else (CPU_BLOCK, CPU_STEP)
+        block = GPU_BLOCK if x.is_cuda else CPU_BLOCK
         batch, length, channels = x.shape
         # A block of fewer tokens of more images would be one step after the other.
         images = max(1, min(batch, block // (16 * num_states * channels)))
         states = images * num_states * channels
         tokens = min(length, max(4, block // states))
-        chunks = max(1, min(step // states, math.isqrt(tokens - 1) + 1))
+        chunks = math.isqrt(tokens - 1) + 1
+        if x.device.type == "cpu":
+            chunks = min(chunks, max(1, CPU_STEP * torch.get_num_threads() // states))
         # No longer than it takes for as many segments: there may be fewer of them then.
         steps = math.ceil(length / (math.ceil(length / tokens) * chunks))
         return cls(images, math.ceil(length / (chunks * steps)), chunks, steps)
@@ -338,8 +340,7 @@ _scan_operator.register_autograd(_differentiate, setup_context=_save_for_gradien
 
 
 class _Block:
-    """Computes the states of one segment after the other, from the first token to the last or backwards, in the same
-    memory."""
+    """Computes the states of one segment after the other, in one direction and in the same memory."""
 
     def __init__(self, backwards: bool) -> None:
         self.backwards = backwards
@@ -372,8 +373,8 @@ class _Block:
         torch.mul(delta, rates, out=self.decays).exp2_()
         torch.mul(inputs, weights, out=self.memory)
 
-        first_decay, first_state = self.first
-        first_state.addcmul_(first_decay, start)
+        decay, state = self.first_step
+        state.addcmul_(decay, start)
         for (_, before), (decay, state) in pairwise(self.steps):
             state.addcmul_(decay, before)
         for before, decay in pairwise(self.later_decays):
@@ -384,7 +385,7 @@ class _Block:
         return self.memory
 
     def step_decays(self, delta: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-        """2^(Δ_t rates) after `states` with the same, which has written over them in the chunks but the first."""
+        """2^(Δ_t rates) after `states` of the same, which has written over them in all chunks but the first."""
         torch.mul(delta[:, self.later], rates, out=self.decays[:, self.later]).exp2_()
         return self.decays
 
@@ -407,10 +408,10 @@ class _Block:
         self.decays, self.memory = decays, states
         # The parts of the memory are looked up once for all segments.
         order, first, last = (-1, -1, 0) if self.backwards else (1, 0, -1)
-        self.first = decays[:, first, first], states[:, first, first]
+        self.first_step = decays[:, first, first], states[:, first, first]
         self.steps = list(zip(decays.unbind(2), states.unbind(2), strict=True))[::order]
         ends = states[:, :, last, None].unbind(1)
         self.chunks = list(zip(decays.unbind(1), states.unbind(1), ends, strict=True))[::order]
-        # Nothing is before the first chunk that would decay.
+        # What is before the first chunk is in its first step already.
         later_decays = decays[:, self.later]
         self.later_decays = later_decays.unbind(2)[::order] if later_decays.numel() else ()

@@ -1,5 +1,6 @@
 """DART-Vim: the mixer by its definition, the class token's place, initialisation, precision."""
 
+import functools
 import math
 
 import pytest
@@ -7,11 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.functional import cross_entropy, linear, silu
+from torch.nn.functional import cross_entropy, silu
 
 from dart_hf import DartVimConfig, DartVimForImageClassification, DartVimModel
 from dart_hf.modeling import modeling_dart_vim as module
-from dart_hf.modeling.modeling_dart_vim import DartVimLinear, DartVimMixer, DartVimNorm, DartVimScan
+from dart_hf.modeling.modeling_dart_vim import (
+    DartVimMixer,
+    DartVimNorm,
+    DartVimOutput,
+    DartVimScan,
+    _project,
+)
 
 
 def make_config(**settings) -> DartVimConfig:
@@ -409,35 +416,78 @@ def convolutions(monkeypatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 7, 6), (2, 5, 12)])
+# oneDNN convolves 16 images on any number of threads.
+@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 7, 6), (2, 5, 12), (16, 3, 6), (16, 3, 12)])
 def test_a_linear_layer_may_be_a_convolution(convolutions, shape, bias):
     torch.manual_seed(0)
-    layer = DartVimLinear(6, 4, bias=bias)
+    layer = nn.Linear(6, 4, bias=bias)
     # A part of something wider, as the halves of the mixer's first projection are.
     x = torch.randn(shape)[..., -6:].requires_grad_()
-    found, expected = layer(x), nn.Linear.forward(layer, x)
+    found, expected = _project(layer, x), layer(x)
     assert convolutions == [x.shape]
     torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
-    leaves = [x, *layer.parameters()]
-    for gradients in zip(
-        torch.autograd.grad((found * weights).sum(), leaves),
-        torch.autograd.grad((expected * weights).sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(*gradients)
+    weights, leaves = torch.randn_like(found), [x, *layer.parameters()]
+    gradients = [
+        torch.autograd.grad((y.square() * weights).sum(), leaves, create_graph=True) for y in (found, expected)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    seconds = [torch.autograd.grad(first[0].square().sum(), leaves[:2]) for first in gradients]
+    for one, other in zip(*seconds, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class OtherLinear(nn.Linear):
+    """Stands for an adapter's or a quantizer's layer."""
 
 
 class OtherWeight(torch.Tensor):
     """Stands for a quantized or distributed one."""
 
 
+def hooked(layer: nn.Linear, kind: str) -> nn.Linear:
+    getattr(layer, f"register_{kind}_hook")(lambda *arguments: None)
+    return layer
+
+
+def with_weight(layer: nn.Linear, change) -> nn.Linear:
+    layer.weight = nn.Parameter(change(layer.weight.detach()))
+    return layer
+
+
+def wrapped(layer: nn.Linear) -> nn.Linear:
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    return layer
+
+
 @pytest.mark.parametrize(
-    "why",
-    ["double", "half", "autocast", "compiled", "traced", "one thread", "other weight", "no tokens", "one row", "Intel"],
+    "change",
+    [
+        lambda layer: OtherLinear(6, 4),
+        lambda layer: with_weight(layer, lambda weight: weight.as_subclass(OtherWeight)),
+        lambda layer: with_weight(layer, torch.Tensor.to_sparse_csr),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        wrapped,
+        lambda layer: hooked(layer, "forward"),
+        lambda layer: hooked(layer, "forward_pre"),
+        lambda layer: hooked(layer, "full_backward"),
+        lambda layer: hooked(layer, "full_backward_pre"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_layer_that_somebody_has_changed_is_called(convolutions, change):
+    torch.manual_seed(0)
+    layer, x = change(nn.Linear(6, 4)).eval(), torch.randn(2, 3, 6)
+    torch.testing.assert_close(_project(layer, x), layer(x))
+    assert not convolutions
+
+
+@pytest.mark.parametrize(
+    "why", ["double", "half", "autocast", "compiled", "traced", "one thread", "no tokens", "another processor"]
 )
 def test_it_is_a_product_where_a_convolution_would_not_do(monkeypatch, convolutions, why):
-    layer, x = DartVimLinear(6, 4), torch.randn(2, 3, 6)
+    layer, x = nn.Linear(6, 4), torch.randn(2, 3, 6)
     if why in ("double", "half"):
         dtype = {"double": torch.float64, "half": torch.bfloat16}[why]
         layer, x = layer.to(dtype), x.to(dtype)
@@ -447,16 +497,12 @@ def test_it_is_a_product_where_a_convolution_would_not_do(monkeypatch, convoluti
         monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
     elif why == "one thread":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    elif why == "other weight":
-        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OtherWeight))
     elif why == "no tokens":
         x = x[:, :0]
-    elif why == "one row":
-        x = x[0]
-    elif why == "Intel":
+    elif why == "another processor":
         monkeypatch.setattr(module, "_mkl_is_slow", lambda: False)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
-        assert torch.equal(layer(x), nn.Linear.forward(layer, x))
+        assert torch.equal(_project(layer, x), layer(x))
     assert not convolutions
 
 
@@ -471,35 +517,31 @@ def test_it_is_a_product_where_a_convolution_would_not_do(monkeypatch, convoluti
         (None, False),
     ],
 )
-@pytest.mark.parametrize("has_mkl", [True, False])
-def test_mkl_is_slow_on_amd_with_avx512(monkeypatch, processor, slow, has_mkl):
+@pytest.mark.parametrize("missing", [None, "mkl", "mkldnn"])
+def test_mkl_is_slow_on_amd_with_avx512(monkeypatch, processor, slow, missing):
     if processor is None:
         # Older releases of PyTorch.
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert module._mkl_is_slow.__wrapped__() == (slow and has_mkl)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: missing != "mkl")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: missing != "mkldnn")
+    assert module._mkl_is_slow.__wrapped__() == (slow and missing is None)
 
 
 def test_convolutions_give_the_same_model(convolutions, monkeypatch):
-    model = make_model()
+    model, images = make_model(), pixels(16)
     with torch.no_grad():
-        convolved = model(pixels()).logits
+        convolved = model(images).logits
         # Two projections of every mixer, and one in either direction.
         assert len(convolutions) == 4 * 3
         monkeypatch.setattr(module, "_mkl_is_slow", lambda: False)
-        torch.testing.assert_close(convolved, model(pixels()).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(convolved, model(images).logits, rtol=1e-4, atol=1e-4)
     assert len(convolutions) == 4 * 3
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_what_is_called_linear_is_linear(monkeypatch, slow):
-    """Tools for adapters and quantisation extend or replace every `nn.Linear`."""
-    monkeypatch.setattr(module, "_mkl_is_slow", lambda: slow)
+def test_what_is_called_linear_is_linear():
+    """Tools for adapters and quantisation extend or replace every `nn.Linear`, some of them nothing that extends it."""
     layers = [layer for layer in make_model().modules() if isinstance(layer, nn.Linear)]
-    assert layers
-    for layer in layers:
-        x = torch.randn(2, 5, layer.in_features)
-        torch.testing.assert_close(layer(x), linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
+    assert all(type(layer).forward is nn.Linear.forward for layer in layers)
+    assert {type(layer) for layer in layers} == {nn.Linear, DartVimOutput}

@@ -124,16 +124,17 @@ def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, b
 @pytest.mark.parametrize(
     ("step", "chunks"),
     [
-        # One token of two images has 24 numbers.
+        # One token of two images has 24 numbers, and there are two threads.
         (1, 1),
-        (47, 1),
-        (48, 2),
-        (72, 3),
+        (23, 1),
+        (24, 2),
+        (36, 3),
         # More chunks would have fewer steps than there are chunks.
         (10**6, 5),
     ],
 )
-def test_chunks_side_by_side_give_a_step_enough_to_do(monkeypatch, step, chunks, backwards):
+def test_chunks_side_by_side_keep_all_threads_busy(monkeypatch, step, chunks, backwards):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(module, "CPU_STEP", step)
     tensors = inputs(25)
     assert module._Sizes.choose(tensors[0], num_states=4)[2:] == (chunks, -(-25 // chunks))
