@@ -207,10 +207,12 @@ class _BlockwiseScan(torch.autograd.Function):
         rates: torch.Tensor,
         backwards: bool,
     ) -> torch.Tensor:
-        y, starts = _scan_blockwise(x, delta, B, C, rates, backwards)
+        # Chosen once: there may be another number of threads by the time of the gradient.
+        sizes = _Sizes.choose(x, rates.shape[0])
+        y, starts = _scan_blockwise(x, delta, B, C, rates, sizes, backwards)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x, delta, B, C, rates, *starts)
-            ctx.backwards = backwards
+            ctx.sizes, ctx.backwards = sizes, backwards
         return y
 
     @staticmethod
@@ -219,14 +221,19 @@ class _BlockwiseScan(torch.autograd.Function):
         x, delta, B, C, rates, *starts = ctx.saved_tensors
         # Whoever calls `backward` under autocast gets float32 too.
         with maybe_autocast(x.device.type, enabled=False):
-            return *_gradients(x, delta, B, C, rates, starts, grad_y, ctx.backwards), None
+            return *_gradients(x, delta, B, C, rates, starts, grad_y, ctx.sizes, ctx.backwards), None
 
 
 def _scan_blockwise(
-    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    rates: torch.Tensor,
+    sizes: _Sizes,
+    backwards: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """y, which may go on behind the last token, and what each segment begins with."""
-    sizes = _Sizes.choose(x, rates.shape[0])
     y = sizes.empty(x)
     # The states' axis is the last but one, and what has none has one entry there.
     sequences = (x[:, :, None], delta[:, :, None], B[..., None], C[:, :, None], y[:, :, None])
@@ -249,10 +256,10 @@ def _gradients(
     rates: torch.Tensor,
     starts: list[torch.Tensor],
     grad_y: torch.Tensor,
+    sizes: _Sizes,
     backwards: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Those of x, delta, B, C and rates, from y's and what each segment began with."""
-    sizes = _Sizes.choose(x, rates.shape[0])
     starts = iter(starts)
     # The states' gradient is itself a scan, in the other direction, in which a token decays by the time step of the
     # one that the first scan went to next.
@@ -295,7 +302,7 @@ def _scan_operator(
     x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
 ) -> torch.Tensor:
     with maybe_autocast(x.device.type, enabled=False):
-        y, _ = _scan_blockwise(x, delta, B, C, rates, backwards)
+        y, _ = _scan_blockwise(x, delta, B, C, rates, _Sizes.choose(x, rates.shape[0]), backwards)
     return y[:, : x.shape[1]].contiguous()
 
 
@@ -311,8 +318,10 @@ def _gradients_operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What segments begin with is computed again: how many there are would be one more unknown to a compiler."""
     with maybe_autocast(x.device.type, enabled=False):
-        _, starts = _scan_blockwise(x, delta, B, C, rates, backwards)
-        grad_x, grad_delta, grad_B, grad_C, grad_rates = _gradients(x, delta, B, C, rates, starts, grad_y, backwards)
+        sizes = _Sizes.choose(x, rates.shape[0])
+        _, starts = _scan_blockwise(x, delta, B, C, rates, sizes, backwards)
+        gradients = _gradients(x, delta, B, C, rates, starts, grad_y, sizes, backwards)
+    grad_x, grad_delta, grad_B, grad_C, grad_rates = gradients
     return grad_x, grad_delta, grad_B.contiguous(), grad_C.contiguous(), grad_rates
 
 

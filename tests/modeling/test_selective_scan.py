@@ -142,6 +142,21 @@ def test_chunks_side_by_side_keep_all_threads_busy(monkeypatch, step, chunks, ba
 
 
 @both_directions
+@pytest.mark.parametrize("block", [100, 200, 10**6])
+def test_the_gradient_may_have_other_threads(monkeypatch, block, backwards):
+    monkeypatch.setattr(module, "CPU_BLOCK", block)
+    monkeypatch.setattr(module, "CPU_STEP", 24)
+    tensors = inputs(25)
+    expected = values_and_gradients(literal_scan, tensors, backwards)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    y = selective_scan(*leaves, backwards)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (y * weights_of(y)).sum().backward()
+    assert_agrees({name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}, {n: expected[n] for n in NAMES})
+
+
+@both_directions
 def test_no_sequence_at_all(backwards):
     leaves = [tensor.requires_grad_() for tensor in inputs(5, batch=0)]
     y = selective_scan(*leaves, backwards)
