@@ -17,8 +17,8 @@ import torch
 import typer
 import yaml
 
-from dart_hf.benchmark import command_line, machine
-from dart_hf.digits_on_photos import digits_on_photos
+from dart_hf.data.digits_on_photos import digits_on_photos
+from dart_hf.environment import command_line, machine
 from dart_hf.quickstart import pipeline_accuracy
 
 CONFIG = Path(__file__).with_suffix(".yaml")

@@ -12,8 +12,9 @@ import torch
 import typer
 from transformers import AutoModelForImageClassification
 
-from dart_hf.benchmark import PARTS, Settings, command_line, interleave, machine, parts_of, summary
-from dart_hf.prediction import quiet
+from dart_hf.benchmark.timing import PARTS, Settings, interleave, parts_of, summary
+from dart_hf.environment import command_line, machine
+from dart_hf.hub.loading import quiet
 from dart_hf.presets import PRESETS, preset_config
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

@@ -26,9 +26,10 @@ import typer
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from dart_hf import DartVimForImageClassification
-from dart_hf.benchmark import Settings, command_line, interleave, machine, memory_high_water, summary
+from dart_hf.benchmark.timing import Settings, interleave, memory_high_water, summary
+from dart_hf.environment import command_line, machine
+from dart_hf.hub.loading import quiet
 from dart_hf.modeling import modeling_dart_vim, selective_scan
-from dart_hf.prediction import quiet
 from dart_hf.presets import preset_config
 
 LENGTHS = (49, 98, 196, 392, 784, 1568)

@@ -25,7 +25,7 @@ from timm.data import ImageNetInfo
 
 from dart_hf.conversion.encoders import ENCODERS, Encoder, Reading, recognise_encoder
 from dart_hf.conversion.tensors import Tensors, renamed_tensors
-from dart_hf.folders import check_unused, complete_folder
+from dart_hf.files import check_unused, complete_folder
 from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import RegionConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor

@@ -31,13 +31,13 @@ from transformers.utils import logging
 
 from dart_hf.conversion.original import read_checkpoint
 from dart_hf.conversion.tensors import TIMM_VIT_NAMES, NameTable, Tensors, check_tensors, renamed_tensors
-from dart_hf.folders import check_unused, complete_folder
+from dart_hf.files import check_unused, complete_folder
+from dart_hf.hub.loading import load_config
 from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification
 from dart_hf.modeling.region_partition import PARTITIONS
-from dart_hf.prediction import load_config
 
 logger = logging.get_logger(__name__)
 

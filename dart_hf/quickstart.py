@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import pipeline, set_seed
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
-from dart_hf.digits_on_photos import digits_on_photos
-from dart_hf.metrics import Accuracy
-from dart_hf.pictures import draw_regions, save_figure
-from dart_hf.region_statistics import count_regions_on_boxes
-from dart_hf.training import EVALUATION_BATCH_SIZE, train_classifier
+from dart_hf.data.digits_on_photos import digits_on_photos
+from dart_hf.evaluation.metrics import Accuracy
+from dart_hf.evaluation.region_statistics import count_regions_on_boxes
+from dart_hf.training.recipe import EVALUATION_BATCH_SIZE, train_classifier
+from dart_hf.visualization import draw_regions, save_figure
 
 NUM_SAMPLES = 8
 # How much larger than the largest test digit a training digit can be.

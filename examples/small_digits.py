@@ -25,10 +25,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from dart_hf.digits_on_photos import digits_on_photos
+from dart_hf.data.digits_on_photos import digits_on_photos
+from dart_hf.evaluation.region_statistics import count_regions_on_boxes
 from dart_hf.quickstart import small_dart
-from dart_hf.region_statistics import count_regions_on_boxes
-from dart_hf.training import train_classifier
+from dart_hf.training.recipe import train_classifier
 
 SETTINGS = {
     "image_size": 224,

@@ -17,20 +17,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from dart_hf.augmentation import EpochCallback, MixImages, SeededRows, training_transform
-from dart_hf.averaging import EmaCallback
-from dart_hf.checkpoints import (
+from dart_hf.data.augmentation import EpochCallback, MixImages, SeededRows, training_transform
+from dart_hf.data.collator import ImageClassificationCollator
+from dart_hf.data.sources import load_image_data
+from dart_hf.evaluation.metrics import classification_accuracy
+from dart_hf.training.checkpoints import (
     CompleteCheckpointCallback,
     RandomStateCallback,
     latest_complete_checkpoint,
     remove_incomplete_checkpoints,
     resume_training,
 )
-from dart_hf.data import ImageClassificationCollator, load_image_data
-from dart_hf.losses import soft_target_cross_entropy
-from dart_hf.metrics import classification_accuracy
-from dart_hf.optimization import layerwise_optimizer
-from dart_hf.training import RunningScoresCallback
+from dart_hf.training.ema import EmaCallback
+from dart_hf.training.losses import soft_target_cross_entropy
+from dart_hf.training.optimizer import layerwise_optimizer
+from dart_hf.training.recipe import RunningScoresCallback
 
 
 @dataclass

@@ -8,10 +8,11 @@ from tiny_models import ENCODERS, tiny_classifier
 from tiny_training import tiny_pictures
 
 from dart_hf import DartImageProcessor
-from dart_hf.calibration import calibrate_model
-from dart_hf.evaluation import run_evaluation
-from dart_hf.prediction import load_model, predict
-from dart_hf.training_command import parse_settings, run_training
+from dart_hf.evaluation.calibration import calibrate_model
+from dart_hf.evaluation.classification import run_evaluation
+from dart_hf.evaluation.prediction import predict
+from dart_hf.hub.loading import load_model
+from dart_hf.training.command import parse_settings, run_training
 
 LABELS = ("0", "1", "2")
 SIDE = 32

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from dart_hf import DartConfig, DartRmtConfig, DartVimConfig
-from dart_hf.benchmark import DART_PRESETS
+from dart_hf.benchmark.timing import DART_PRESETS
 from dart_hf.presets import PRESETS, preset_config
-from dart_hf.training_command import ModelArguments
+from dart_hf.training.command import ModelArguments
 
 
 def test_the_names():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import dart_hf.quickstart
-from dart_hf.digits_on_photos import digits_on_photos
+from dart_hf.data.digits_on_photos import digits_on_photos
 from dart_hf.quickstart import NUM_SAMPLES, pipeline_accuracy, run_quickstart, small_dart
 
 SMALL = {"steps": 3, "batch_size": 8, "image_size": 32, "digit_sizes": (16, 24), "num_patches": 16}

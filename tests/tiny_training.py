@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
-from dart_hf.data import ImageClassificationCollator
-from dart_hf.metrics import classification_accuracy
+from dart_hf.data.collator import ImageClassificationCollator
+from dart_hf.evaluation.metrics import classification_accuracy
 
 SIDE = 24
 NUM_LABELS = 3

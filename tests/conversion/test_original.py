@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartImageProcessor
-from dart_hf.cli import app
+from dart_hf.cli.main import app
 from dart_hf.conversion import original
 from dart_hf.conversion.original import VARIANTS, convert_checkpoint, convert_state_dict, read_checkpoint
 from dart_hf.modeling.configuration_dart import DartRmtConfig, DartVimConfig

@@ -37,12 +37,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
-from dart_hf.cli import app
+from dart_hf.cli.main import app
 from dart_hf.conversion import vit
 from dart_hf.conversion.vit import convert_vit
-from dart_hf.data import ImageData
+from dart_hf.data.sources import ImageData
 from dart_hf.modeling.region_scorer import RegionScorer
-from dart_hf.training_command import ModelArguments, start_model
+from dart_hf.training.command import ModelArguments, start_model
 
 LABELS = ["cup", "cat", "rocket", "tree", "house"]
 CLASSES = {

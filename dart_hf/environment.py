@@ -1,0 +1,36 @@
+"""What a measurement ran on."""
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    packages = ("dart-hf", "torch", "torchvision", "transformers", "timm")
+    return {
+        "processor": _processor_name(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def command_line() -> str:
+    """The command that is running, without the folder of its program."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _processor_name() -> str:
+    try:
+        information = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in information if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

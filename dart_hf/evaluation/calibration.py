@@ -1,0 +1,179 @@
+"""Running score statistics from images, without training: a converted checkpoint goes from "batch" to "running"."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator, evenly_spread, image_batches
+from dart_hf.data.sources import load_image_data
+from dart_hf.files import check_unused, complete_folder
+from dart_hf.hub.loading import load_model
+from dart_hf.modeling.region_scorer import RegionScorer, batch_moments
+
+
+@dataclass
+class Calibration:
+    """The scores of a number of images, before they are standardised.
+
+    Args:
+        mean, variance: Over the cells of all images; the variance is the unbiased one.
+        num_images, num_cells: How many images and cells these were taken over.
+        num_unusable: How many images were not, because their scores are constant, infinite or NaN.
+        num_unreadable: How many images could not be read and were skipped.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    num_images: int = 0
+    num_cells: int = 0
+    num_unusable: int = 0
+    num_unreadable: int = 0
+
+    def add(self, logits: torch.Tensor, usable: torch.Tensor) -> None:
+        """Take in a batch: logits (B, G, G) in float64, and which images can be used, (B,).
+
+        The moments of the parts give exactly those of the whole (Chan, Golub and LeVeque 1979).
+        """
+        images = usable.sum().item()
+        self.num_unusable += len(usable) - images
+        if not images:
+            return
+        usable = usable[:, None, None]
+        mean, variance, _ = (moment.item() for moment in batch_moments(logits.where(usable, 0), usable))
+        cells, before = images * logits[0].numel(), self.num_cells
+        shift = mean - self.mean
+        squares = self.variance * max(before - 1, 0) + variance * max(cells - 1, 0)
+        squares += shift**2 * before * cells / (before + cells)
+        self.num_images += images
+        self.num_cells += cells
+        self.mean += shift * cells / self.num_cells
+        self.variance = squares / max(self.num_cells - 1, 1)
+
+
+def calibrate_scores(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    images: datasets.Dataset,
+    batch_size: int = 32,
+    skip_unreadable: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> Calibration:
+    """Give a model the running score statistics of images, and have it use them.
+
+    Mean and variance are those of one batch of all the images, whatever the batch size here. The model's
+    `config.score_normalization` becomes `"running"`.
+
+    Args:
+        model: A DART model, of any score normalisation; it is put in evaluation mode.
+        image_processor: Prepares the images.
+        images: Column `image`; others are not read.
+        batch_size: Images at a time.
+        skip_unreadable: Whether to leave out images that cannot be read, instead of raising.
+        workers: Processes that read images besides this one.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        ValueError: The model does not look at its scores, its scorer is dead, or no image has usable scores.
+        OSError: An image cannot be read.
+    """
+    if not len(images):
+        raise ValueError("There is nothing to calibrate with: the data has no images.")
+    if model.config.partition == "uniform":
+        raise ValueError("A model with partition='uniform' does not look at its scores: there is nothing to calibrate.")
+    model.require_scorer_weights()
+    model.eval()
+    collate = ImageClassificationCollator(image_processor, num_labels=1, skip_unreadable=skip_unreadable)
+    calibration, num_batches = Calibration(), 0
+    for batch in image_batches(images, functools.partial(_collate_unlabelled, collate), batch_size, workers, progress):
+        readable = batch["labels"] != IGNORED_LABEL
+        calibration.num_unreadable += int((~readable).sum())
+        if readable.any():
+            calibration.add(*raw_scores(model.scorer, batch["pixel_values"][readable].to(model.device)))
+            num_batches += 1
+    if not calibration.num_images:
+        raise ValueError(f"None of the {len(images)} images gives scores to calibrate with.")
+
+    statistics = model.scorer.statistics
+    statistics.running_mean.fill_(calibration.mean)
+    statistics.running_var.fill_(calibration.variance)
+    statistics.num_batches_tracked.fill_(num_batches)
+    model.config.score_normalization = "running"
+    return calibration
+
+
+@torch.inference_mode()
+def raw_scores(scorer: RegionScorer, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scorer's logits before they are standardised, (B, G, G) in float64 on the CPU; and which images' are usable.
+
+    Those of the others, (B,), are constant, infinite or NaN.
+    """
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = scorer.statistics.register_forward_hook(lambda _, given, result: seen.append((given[0], result)))
+    before, scorer.config.score_normalization = scorer.config.score_normalization, "image"
+    try:
+        scorer(pixel_values)
+    finally:
+        scorer.config.score_normalization = before
+        hook.remove()
+    ((logits, standardized),) = seen
+    # What cannot be used is standardised to zero; of anything else at least two cells differ from their mean.
+    return logits.cpu().double(), standardized.cpu().flatten(1).any(dim=1)
+
+
+def _collate_unlabelled(
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Batches of images without labels. Those that cannot be read are labelled as the collator does, others 0."""
+    return collate([{"image": row["image"], "label": 0} for row in rows])
+
+
+def calibrate_model(
+    source: str | os.PathLike,
+    data: str | os.PathLike,
+    output: str | os.PathLike,
+    subset: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    batch_size: int = 32,
+    skip_unreadable: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> Calibration:
+    """Load a model, calibrate its scores on a data set, and save it, with the record of its training but the metrics.
+
+    Args:
+        source: The model, as for [`load_model`]. It needs no classifier.
+        data, subset: The images, as for [`load_image_data`]. They need no labels.
+        output: Folder to write; it must not exist or be empty. It appears complete or not at all.
+        split: Of the data; the images that the model learned from are what its training would have seen.
+        limit: Use this many images, evenly spread over the data set.
+        batch_size, skip_unreadable, workers, progress: As for [`calibrate_scores`].
+
+    Raises:
+        ValueError: An argument is out of range, the data has no such split or no images, or see [`calibrate_scores`].
+        OSError: Model, data or an image cannot be had, or `output` is in use.
+    """
+    output = Path(output)
+    check_unused(output)
+    model, image_processor = load_model(source, needs_classifier=False)
+    images = load_image_data(data, subset, train_split=split, needs_labels=False).train
+    images = evenly_spread(images, limit)
+    calibration = calibrate_scores(model, image_processor, images, batch_size, skip_unreadable, workers, progress)
+    record = Path(source) / "training.json"
+    with complete_folder(output) as folder:
+        model.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+        if record.is_file():
+            # What was measured belongs to the statistics that are replaced.
+            facts = {name: fact for name, fact in json.loads(record.read_text()).items() if name != "metrics"}
+            (folder / record.name).write_text(json.dumps(facts, indent=2) + "\n")
+    return calibration

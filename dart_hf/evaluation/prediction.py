@@ -1,0 +1,118 @@
+"""Classify image files with a model, and draw where it looks."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from dart_hf.hub.loading import load_model
+from dart_hf.visualization import checked_picture_path, draw_regions, save_figure
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A class name, and the probability that the model gives it."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image file: its answers, the likeliest first."""
+
+    image: str
+    answers: list[Answer]
+
+
+def predict(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    images: Sequence[str | os.PathLike],
+    num_patches: int | None = None,
+    top_k: int = 5,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        model, processor: As [`load_model`] gives them.
+        num_patches: Token budget; the model's own without it.
+        top_k: How many labels for each image, at most all that the model knows.
+        batch_size: Images at a time. A model with `score_normalization="batch"` gets them one at a time, because its
+            answers would depend on which images come together.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        ValueError: An argument is out of range, or an image is no image.
+        OSError: A file is missing or unreadable.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if model.config.score_normalization == "batch":
+        batch_size = 1
+    names = model.config.id2label
+    many_labels = model.config.problem_type == "multi_label_classification"
+    predictions = []
+    with tqdm(total=len(images), unit="image", disable=None if progress else True) as bar:
+        for batch in _batches(images, batch_size):
+            pixel_values = processor(batch, return_tensors="pt").pixel_values.to(model.device)
+            with torch.inference_mode():
+                logits = model(pixel_values, num_patches=num_patches).logits.float()
+            probabilities = logits.sigmoid() if many_labels else logits.softmax(dim=-1)
+            top = probabilities.topk(min(top_k, logits.shape[-1]))
+            for image, values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
+                answers = [Answer(names[index], value) for index, value in zip(indices, values, strict=True)]
+                predictions.append(Prediction(os.fspath(image), answers))
+            bar.update(len(batch))
+    return predictions
+
+
+def _batches(images: Sequence[str | os.PathLike], size: int) -> Iterator[list[str | os.PathLike]]:
+    for start in range(0, len(images), size):
+        yield list(images[start : start + size])
+
+
+def visualize(
+    image: str | os.PathLike,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    num_patches: int | None = None,
+    with_scores: bool = False,
+) -> Path:
+    """Draw the regions of a model's tokens over an image file.
+
+    Args:
+        image: The file.
+        source: The model, as for [`load_model`]. It needs no classifier.
+        output: Picture to write, in the format that its name ends in.
+        num_patches: Token budget; the model's own without it.
+        with_scores: Whether to draw the density beside the image.
+
+    Returns:
+        `output` as a path.
+
+    Raises:
+        ValueError: An argument is out of range, the image is no image, or the format is unknown.
+        OSError: A file is missing or unreadable.
+    """
+    output = checked_picture_path(output)
+    model, processor = load_model(source, needs_classifier=False)
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        outputs = model(pixel_values.to(model.device), num_patches=num_patches, output_regions=True)
+    figure = draw_regions(
+        pixel_values,
+        outputs.regions,
+        titles=[Path(image).name],
+        with_scores=with_scores,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+    )
+    return save_figure(figure, output)

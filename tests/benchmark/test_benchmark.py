@@ -1,0 +1,217 @@
+"""The benchmark measures what it says. No test here looks at how fast anything is."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import dart_hf.benchmark.timing
+from dart_hf.benchmark.timing import (
+    COMPARISONS,
+    PARTS,
+    PUBLISHED_ACCURACY,
+    Contestant,
+    Settings,
+    contestants,
+    parts_of,
+    run_benchmark,
+)
+
+TINY = [Contestant("DART", "Ti", 64, 9), Contestant("timm", "Ti", 32, 4), Contestant("transformers", "Ti", 32, 4)]
+NAMES = ["DART-Ti@9", "DeiT-Ti@32", "ViT-Ti@32"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The real models at sizes that take no time."""
+    monkeypatch.setattr(dart_hf.benchmark.timing, "contestants", lambda: TINY)
+    monkeypatch.setattr(dart_hf.benchmark.timing, "COMPARISONS", (("DART-Ti@9", "DeiT-Ti@32"), ("DART-Ti@9", "absent")))
+    monkeypatch.setitem(PUBLISHED_ACCURACY, "DART-Ti@9", 50.0)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output, lines = tmp_path_factory.mktemp("benchmark") / "made", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dart_hf.benchmark.timing, "contestants", lambda: TINY)
+        patch.setattr(dart_hf.benchmark.timing, "COMPARISONS", (("DART-Ti@9", "DeiT-Ti@32"), ("DART-Ti@9", "absent")))
+        patch.setitem(PUBLISHED_ACCURACY, "DART-Ti@9", 50.0)
+        found = run_benchmark(output, Settings(batch_size=2, rounds=2, calls=3), say=lines.append)
+    return found, output, "\n".join(lines)
+
+
+def test_the_files_hold_what_is_returned(results):
+    found, output, _ = results
+    assert json.loads((output / "benchmark.json").read_text()) == json.loads(json.dumps(found))
+    for name in ("time_split.png", "throughput.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_model_is_measured_in_every_way(results):
+    found, _, text = results
+    assert [entry["name"] for entry in found["models"]] == NAMES
+    for entry in found["models"]:
+        for times in (entry["inference"], entry["training"]):
+            low, high = times["quartiles"]
+            assert 0 < low <= times["median"] <= high and times["samples"] == 6
+        assert entry["inference"]["images_per_second"] == pytest.approx(2e3 / entry["inference"]["median"], rel=1e-2)
+        assert entry["parameters"] > 5e6
+        assert 0 < entry["peak_memory"]["inference"] < entry["peak_memory"]["training"]
+        assert entry["name"] in text
+
+
+def test_a_dart_is_split_into_its_steps(results):
+    dart, *others = results[0]["models"]
+    assert tuple(dart["parts"]) == PARTS and set(dart["encoders"]) == {"ours", "timm"}
+    assert all("parts" not in entry and "encoders" not in entry for entry in others)
+
+
+def test_the_run_says_where_and_how(results):
+    found, _, text = results
+    assert found["settings"]["batch_size"] == 2 and found["command"]
+    assert found["machine"]["processor"] and set(found["machine"]["packages"]) >= {"dart-hf", "torch", "timm"}
+    assert found["machine"]["processor"] in text
+
+
+def test_comparisons_are_ratios_of_the_medians(results):
+    found = results[0]
+    dart, deit, _ = found["models"]
+    (comparison,) = found["comparisons"]
+    assert (comparison["model"], comparison["peer"]) == ("DART-Ti@9", "DeiT-Ti@32")
+    expected = {
+        "throughput": deit["inference"]["median"] / dart["inference"]["median"],
+        "inference_time_all_tokens": (
+            dart["inference"]["median"] + dart["encoders"]["ours"]["median"] - dart["parts"]["encoder + head"]["median"]
+        )
+        / deit["inference"]["median"],
+        "inference_time": dart["inference"]["median"] / deit["inference"]["median"],
+        "training_time": dart["training"]["median"] / deit["training"]["median"],
+        "inference_memory": dart["peak_memory"]["inference"] / deit["peak_memory"]["inference"],
+        "training_memory": dart["peak_memory"]["training"] / deit["peak_memory"]["training"],
+    }
+    for name, ratio in expected.items():
+        assert comparison[name] == pytest.approx(ratio, rel=1e-2)
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"compile": True, "compile_mode": "default"}])
+def test_other_settings(tiny, tmp_path, monkeypatch, changed):
+    seen = []
+    build = Contestant.build
+
+    def watched(entry, attention):
+        model = build(entry, attention)
+        model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+        return model
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda run, mode, dynamic: compiled.append(mode) or run)
+    monkeypatch.setattr(Contestant, "build", watched)
+    settings = Settings(batch_size=1, rounds=1, calls=1, training=False, memory=False, **changed)
+    found = run_benchmark(tmp_path, settings, ["DART-*", "DeiT-*"])
+    assert set(seen) == {torch.bfloat16 if "dtype" in changed else torch.float32}
+    # Two models, four parts and two encoders.
+    assert compiled == (["default"] * 8 if "compile" in changed else [])
+    assert [entry["name"] for entry in found["models"]] == NAMES[:2]
+    assert "training" not in found["models"][0] and "peak_memory" not in found["models"][0]
+
+
+def test_training_steps_train_and_keep_the_trunk(monkeypatch):
+    built = []
+    build = Contestant.build
+    monkeypatch.setattr(Contestant, "build", lambda entry, _: built.append(build(entry)) or built[-1])
+    step = dart_hf.benchmark.timing._training_step(TINY[0], Settings(batch_size=2, dtype="bfloat16"))
+    before = {name: tensor.clone() for name, tensor in built[0].state_dict().items()}
+    step()
+    changed = {name for name, tensor in built[0].state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "dart.tokenizer.projection.weight" in changed and "classifier.weight" in changed
+    assert not any(".trunk." in name for name in changed)
+
+
+@pytest.mark.parametrize("entry", TINY, ids=NAMES)
+def test_attention_is_a_setting(entry):
+    fused = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for attention in ("sdpa", "eager"):
+            model = entry.build(attention).eval()
+            calls = []
+            patch.setattr(
+                torch.nn.functional,
+                "scaled_dot_product_attention",
+                lambda *args, calls=calls, **kwargs: calls.append(1) or original(*args, **kwargs),
+            )
+            model(torch.zeros(1, 3, entry.image_size, entry.image_size))
+            fused.append(len(calls))
+    assert fused == [12, 0]
+
+
+def test_models_take_turns():
+    """One untimed round, then in each round an untimed call and the timed ones, model by model."""
+    calls = []
+    runs = {(name,): lambda name=name: calls.append(name) or time.sleep(0.002) for name in "ab"}
+    times = dart_hf.benchmark.timing.interleave(runs, Settings(rounds=2, calls=2), "test")
+    assert "".join(calls) == "ab" + "aaabbb" * 2
+    assert {name: len(samples) for (name,), samples in times.items()} == {"a": 4, "b": 4}
+    assert all(sample > 0 for samples in times.values() for sample in samples)
+
+
+def test_the_contestants_are_those_of_the_paper():
+    names = [entry.name for entry in contestants()]
+    plain = ("Ti@224", "S@224", "B@224", "S@384", "S@448")
+    assert names == [
+        *(f"DART-{size}@{budget}" for size in ("Ti", "S") for budget in (121, 196, 288, 392)),
+        *(f"DART-Vim-{size}@{budget}" for size in ("Ti", "S") for budget in (196, 392)),
+        "DART-RMT-S@196",
+        "DART-RMT-L6@196",
+        *(f"{family}-{size}" for family in ("DeiT", "ViT") for size in plain),
+    ]
+    assert set(PUBLISHED_ACCURACY) <= set(names) and {name for pair in COMPARISONS for name in pair} <= set(names)
+
+
+@pytest.mark.parametrize("size", ["Ti", "Vim-Ti", "RMT-S"])
+def test_the_parts_make_the_whole(size):
+    model = Contestant("DART", size, 64, 9).build().eval()
+    images = torch.randn(2, 3, 64, 64)
+    parts = parts_of(model, images, Settings())
+    assert tuple(parts) == PARTS
+    with torch.inference_mode():
+        *_, logits = [run() for run in parts.values()]
+        torch.testing.assert_close(logits, model(images).logits)
+
+
+@pytest.mark.parametrize("size", ["Ti", "S", "B"])
+def test_peers_have_the_same_size(size):
+    with torch.device("meta"):
+        deit, vit = (Contestant(family, size, 224, 196).build() for family in ("timm", "transformers"))
+    assert sum(p.numel() for p in deit.parameters()) == sum(p.numel() for p in vit.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
+        ({"rounds": 0}, "rounds must be at least 1, got 0."),
+        ({"threads": 0}, "threads must be at least 1, got 0."),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'."),
+        ({"attention": "flash"}, "attention must be 'sdpa' or 'eager', got 'flash'."),
+        ({"compile_mode": "fast", "compile": True}, "compile_mode must be one of default, reduce-overhead, .*'fast'."),
+        ({"compile_mode": "reduce-overhead"}, "compile_mode='reduce-overhead' needs compile=True"),
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'."),
+    ],
+)
+def test_unusable_settings_are_refused_before_anything_is_written(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_benchmark(tmp_path / "out", Settings(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(tmp_path):
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        run_benchmark(tmp_path / "out", Settings(device="cuda"))
+
+
+def test_unknown_models_are_refused_with_the_known(tmp_path):
+    with pytest.raises(ValueError, match=r"models='DART-L' names no model; accepted are patterns of DART-Ti@121, "):
+        run_benchmark(tmp_path / "out", models=["DART-L"])

@@ -1,0 +1,192 @@
+"""Region pictures: what is drawn is what the regions say, and files are whole or absent."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from PIL import Image
+from skimage import data
+
+from dart_hf import DartImageProcessor
+from dart_hf.modeling.region_partition import Regions, flow_regions, grid_regions, uniform_regions
+from dart_hf.visualization import draw_regions, save_figure
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def pixel_values() -> torch.Tensor:
+    processor = DartImageProcessor(size=SIDE, crop_size=SIDE)
+    return processor([data.coffee(), data.chelsea()], return_tensors="pt").pixel_values
+
+
+def scores(batch_size: int = 2) -> torch.Tensor:
+    """The right half four times as dense as the left."""
+    return torch.ones(batch_size, 8, 8).index_fill_(2, torch.arange(4, 8), 4.0)
+
+
+def outlines(axis) -> tuple[np.ndarray, np.ndarray]:
+    """The coloured segments (S, 2, 2) of a picture and the density that colours them (S,)."""
+    (collection,) = [each for each in axis.collections if each.get_array() is not None]
+    assert isinstance(collection, LineCollection)
+    return np.array(collection.get_segments()), np.array(collection.get_array())
+
+
+def numbers(axis) -> dict[str, list[tuple[float, float]]]:
+    """Number beside the image -> where it stands."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for text in axis.texts:
+        found.setdefault(text.get_text().strip(" ▸"), []).append(text.get_position())
+    return found
+
+
+def test_the_image_is_the_one_that_the_model_saw(pixel_values):
+    figure = draw_regions(pixel_values, flow_regions(scores(), 10, SIDE, SIDE))
+    seen = DartImageProcessor(size=SIDE, crop_size=SIDE, do_normalize=False)(data.chelsea(), return_tensors="np")
+    shown = figure.axes[1].images[0]
+    np.testing.assert_allclose(shown.get_array(), seen.pixel_values[0].transpose(1, 2, 0), atol=1e-6)
+    assert tuple(shown.get_extent()) == (0, SIDE, SIDE, 0)
+
+
+def test_a_plain_grid_has_four_sides_per_token_and_one_colour(pixel_values):
+    figure = draw_regions(pixel_values, uniform_regions(scores(), 16, SIDE, SIDE))
+    segments, density = outlines(figure.axes[0])
+    assert len(segments) == 4 * 16
+    assert set(np.unique(segments)) == {0, 16, 32, 48, 64}
+    np.testing.assert_allclose(density, 1, rtol=1e-5)
+    assert numbers(figure.axes[0]) == {}
+    assert not figure.get_supxlabel()
+
+
+def test_colour_tells_the_tokens_per_area(pixel_values):
+    axis = draw_regions(pixel_values, grid_regions(scores(), 100, SIDE, SIDE)).axes[0]
+    segments, density = outlines(axis)
+    # Of 10 columns, 8 lie in the right half: 1.6 times an even spread there, 0.4 times on the left.
+    middles = segments.mean(axis=1)[:, 0]
+    np.testing.assert_allclose(density[middles > SIDE / 2 + 0.01], 1.6, rtol=1e-4)
+    np.testing.assert_allclose(density[middles < SIDE / 2 - 0.01], 0.4, rtol=1e-4)
+    # The denser of two neighbours is drawn last, over the side that they share.
+    assert (np.diff(density) >= 0).all()
+
+
+def test_a_wrapped_region_is_open_and_numbered_at_both_ends(pixel_values):
+    regions = uniform_regions(scores(), 10, SIDE, SIDE)  # 3 bands of 3⅓ regions: two of them wrap
+    figure = draw_regions(pixel_values, regions)
+    segments, _ = outlines(figure.axes[0])
+    assert len(segments) == 4 * (10 + 2) - 2 * 2
+    vertical = segments[segments[:, 0, 0] == segments[:, 1, 0]]
+    band = SIDE / 3
+    at_the_left = vertical[vertical[:, 0, 0] == 0]
+    at_the_right = vertical[vertical[:, 0, 0] == SIDE]
+    np.testing.assert_allclose(at_the_left[:, :, 1], [[0, band]], rtol=1e-5)
+    np.testing.assert_allclose(at_the_right[:, :, 1], [[2 * band, SIDE]], rtol=1e-5)
+    found = numbers(figure.axes[0])
+    assert sorted(found) == ["1", "2"]
+    for number, (right, left) in found.items():
+        np.testing.assert_allclose(right, (SIDE, band * (int(number) - 0.5)), rtol=1e-5)
+        np.testing.assert_allclose(left, (0, band * (int(number) + 0.5)), rtol=1e-5)
+    assert "next band" in figure.get_supxlabel()
+
+
+def test_a_region_that_fills_a_band_is_open_at_both_sides():
+    tall = torch.zeros(3, 4 * SIDE, SIDE)
+    figure = draw_regions(tall, uniform_regions(scores(1), 2, 4 * SIDE, SIDE))  # 3 bands of ⅔ regions
+    segments, density = outlines(figure.axes[0])
+    assert len(segments) == 4 * 4 - 2 * 2
+    np.testing.assert_allclose(density, 1, rtol=1e-5)
+    assert sorted(numbers(figure.axes[0])) == ["1", "2"]
+
+
+def test_scores_are_drawn_beside_as_density(pixel_values):
+    figure = draw_regions(pixel_values, flow_regions(scores(), 10, SIDE, SIDE), with_scores=True)
+    pictures = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in pictures] == ["10 tokens", "density"] * 2
+    np.testing.assert_allclose(pictures[1].images[0].get_array(), scores()[0] / scores()[0].mean(), rtol=1e-6)
+    np.testing.assert_allclose(pictures[1].images[0].get_extent(), (0, SIDE, SIDE, 0))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_scores_that_say_nothing_are_drawn_even(pixel_values, value):
+    figure = draw_regions(pixel_values, flow_regions(torch.full((2, 8, 8), value), 16, SIDE, SIDE), with_scores=True)
+    np.testing.assert_array_equal(figure.axes[1].images[0].get_array(), np.ones((8, 8)))
+    np.testing.assert_allclose(outlines(figure.axes[0])[1], 1, rtol=1e-5)
+
+
+def test_images_fill_rows_and_carry_their_titles(pixel_values):
+    images = pixel_values[[0, 1, 0, 1, 0]]
+    figure = draw_regions(images, uniform_regions(scores(5), 9, SIDE, SIDE), titles=list("abcde"), columns=3)
+    assert [axis.get_title() for axis in figure.axes[:6]] == [*(f"{title} · 9 tokens" for title in "abcde"), ""]
+    assert sum(len(axis.images) for axis in figure.axes[:6]) == 5
+
+
+def test_pyplot_is_left_alone(pixel_values, tmp_path):
+    before = pyplot.get_fignums()
+    figure = draw_regions(pixel_values, uniform_regions(scores(), 9, SIDE, SIDE))
+    save_figure(figure, tmp_path / "regions.png")
+    assert isinstance(figure, Figure)
+    assert pyplot.get_fignums() == before
+
+
+def test_half_precision_and_gradients_are_no_obstacle(pixel_values):
+    regions = flow_regions(scores().requires_grad_(), 10, SIDE, SIDE)
+    figure = draw_regions(pixel_values.to(torch.bfloat16).requires_grad_(), regions)
+    assert len(outlines(figure.axes[0])[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "sentence"),
+    [
+        ((2, 3, SIDE, SIDE), {"titles": ["one"]}, "titles must have one entry per image, got 1 for 2"),
+        ((2, 3, SIDE, SIDE), {"columns": 0}, "columns must be at least 1, got 0"),
+        ((2, 3, SIDE, 32), {}, "regions must be those of pixel_values, 2 of 64×32 pixels; got 2 of 64×64"),
+        ((3, 3, SIDE, SIDE), {}, "3 of 64×64 pixels; got 2 of 64×64"),
+        ((2, 5, SIDE, SIDE), {}, r"shape \(images, 3, height, width\), got \(2, 5, 64, 64\)"),
+        ((SIDE, SIDE), {}, r"got \(64, 64\)"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(shape, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        draw_regions(torch.zeros(shape), uniform_regions(scores(), 9, SIDE, SIDE), **settings)
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF"), ("a.svg", b"<?xml")])
+def test_the_ending_picks_the_format(pixel_values, tmp_path, name, start):
+    path = save_figure(draw_regions(pixel_values[0], regions_of_one()), tmp_path / name)
+    assert path.read_bytes().startswith(start)
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def regions_of_one() -> Regions:
+    return uniform_regions(scores(1), 9, SIDE, SIDE)
+
+
+def test_bad_paths_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in one of .*\.png"):
+        save_figure(Figure(), tmp_path / "regions.doc")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
+        save_figure(Figure(), tmp_path / "missing" / "regions.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", [(Figure, "savefig"), (Path, "write_bytes")])
+def test_a_failure_leaves_the_old_file(pixel_values, tmp_path, monkeypatch, failing):
+    path = save_figure(draw_regions(pixel_values[0], regions_of_one()), tmp_path / "regions.png")
+    old = path.read_bytes()
+
+    def fail(self, target, **settings):
+        # Half of the content is there when the disk is full, wherever it goes.
+        if isinstance(self, Path):
+            with self.open("wb") as file:
+                file.write(target[:100])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*failing, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(draw_regions(pixel_values[0], regions_of_one()), path)
+    assert path.read_bytes() == old
+    assert [each.name for each in tmp_path.iterdir()] == ["regions.png"]
+    assert Image.open(path).size[0] > 300

@@ -1,0 +1,277 @@
+"""Parameter groups: what decays, how fast each layer and the scorer learn, and `Trainer` with them."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from dart_hf import (
+    DartConfig,
+    DartForImageClassification,
+    DartRmtConfig,
+    DartRmtForImageClassification,
+    DartVimConfig,
+    DartVimForImageClassification,
+)
+from dart_hf.training.optimizer import layerwise_optimizer, parameter_groups
+
+LEARNING_RATE = 0.1
+WEIGHT_DECAY = 0.05
+
+
+def tiny_dart(**settings):
+    config = DartConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        image_size=16,
+        patch_size=8,
+        num_patches=4,
+        score_grid_size=4,
+        num_labels=3,
+        **{"scorer": "conv", **settings},
+    )
+    return DartForImageClassification(config)
+
+
+def grouped(model, **settings):
+    """Group -> the names of its parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY, **settings)
+    return {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
+
+
+def layer(index):
+    """The groups of encoder layer `index`: what decays and what does not."""
+    attention = [f"attention.{part}_proj" for part in "qkvo"]
+    matrices = {f"dart.layers.{index}.{part}" for part in (*attention, "mlp.fc1", "mlp.fc2")}
+    norms = {f"dart.layers.{index}.{part}" for part in ("layernorm_before", "layernorm_after")}
+    decays, stays = {f"{part}.weight" for part in matrices}, {f"{part}.bias" for part in matrices | norms}
+    return {
+        f"depth_{index + 1}": decays,
+        f"depth_{index + 1}_no_decay": stays | {f"{part}.weight" for part in norms},
+    }
+
+
+HEAD_AND_LAYERS = {
+    "depth_3": {"classifier.weight"},
+    "depth_3_no_decay": {"classifier.bias", "dart.layernorm.weight", "dart.layernorm.bias"},
+    **layer(0),
+    **layer(1),
+}
+TOKENS = {"dart.tokenizer.projection.weight"}
+TOKENS_NO_DECAY = {"dart.tokenizer.projection.bias", "dart.tokenizer.position_embeddings", "dart.cls_token"}
+SCORER_HEAD = {f"dart.tokenizer.scorer.head.{part}.weight" for part in ("fc1", "fc2")}
+SCORER_HEAD_NO_DECAY = {f"dart.tokenizer.scorer.head.{part}.bias" for part in ("fc1", "fc2")}
+CONV_TRUNK = {f"dart.tokenizer.scorer.trunk.{stage}.0.weight" for stage in range(3)}
+CONV_TRUNK_NO_DECAY = {
+    f"dart.tokenizer.scorer.trunk.{stage}.1.{part}" for stage in range(3) for part in ("weight", "bias")
+}
+
+
+def test_groups_of_a_model_with_a_frozen_trunk():
+    assert grouped(tiny_dart(scorer="squeezenet1_1"), scorer_learning_rate=1e-3) == {
+        **HEAD_AND_LAYERS,
+        "depth_0": TOKENS,
+        "depth_0_no_decay": TOKENS_NO_DECAY,
+        "scorer": SCORER_HEAD,
+        "scorer_no_decay": SCORER_HEAD_NO_DECAY,
+    }
+
+
+def test_groups_of_a_model_with_a_trunk_that_trains():
+    assert grouped(tiny_dart(), scorer_learning_rate=1e-3) == {
+        **HEAD_AND_LAYERS,
+        "depth_0": TOKENS,
+        "depth_0_no_decay": TOKENS_NO_DECAY,
+        "scorer": SCORER_HEAD | CONV_TRUNK,
+        "scorer_no_decay": SCORER_HEAD_NO_DECAY | CONV_TRUNK_NO_DECAY,
+    }
+
+
+def test_without_a_rate_of_its_own_the_scorer_is_part_of_the_tokenizer():
+    groups = grouped(tiny_dart())
+    assert groups["depth_0"] == TOKENS | SCORER_HEAD | CONV_TRUNK
+    assert groups["depth_0_no_decay"] == TOKENS_NO_DECAY | SCORER_HEAD_NO_DECAY | CONV_TRUNK_NO_DECAY
+
+
+def test_the_distillation_token_and_head():
+    groups = grouped(tiny_dart(distillation_token=True, distillation_head=True))
+    assert groups["depth_0_no_decay"] > {"dart.cls_token", "dart.distillation_token"}
+    assert groups["depth_3"] == {"classifier.weight", "distillation_classifier.weight"}
+
+
+def test_a_model_without_a_head():
+    groups = grouped(tiny_dart().dart)
+    assert groups["depth_3_no_decay"] == {"layernorm.weight", "layernorm.bias"}
+    assert "layers.1.mlp.fc1.weight" in groups["depth_2"]
+
+
+def test_each_group_learns_at_its_rate():
+    groups = parameter_groups(tiny_dart(), LEARNING_RATE, WEIGHT_DECAY, layer_decay=0.5, scorer_learning_rate=1e-3)
+    rates = {"depth_3": 0.1, "depth_2": 0.05, "depth_1": 0.025, "depth_0": 0.0125, "scorer": 1e-3}
+    expected = [(name + suffix, rate) for name, rate in rates.items() for suffix in ("", "_no_decay")]
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        (name, pytest.approx(rate)) for name, rate in expected
+    ]
+    assert [group["weight_decay"] for group in groups] == [WEIGHT_DECAY, 0.0] * 5
+    assert {group["lr"] for group in parameter_groups(tiny_dart(), LEARNING_RATE, WEIGHT_DECAY)} == {LEARNING_RATE}
+
+
+def test_only_trainable_parameters_are_grouped_each_once():
+    model = tiny_dart(scorer="squeezenet1_1")
+    model.dart.layers[0].requires_grad_(False)
+    groups = parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY, 0.5, 1e-3)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == trainable
+    # A frozen layer is still a layer.
+    assert {group["name"]: group["lr"] for group in groups}["depth_0"] == pytest.approx(LEARNING_RATE * 0.5**3)
+
+
+class FsdpUnit(nn.Module):
+    """Names parameters as FSDP does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def in_fsdp_units(model):
+    model.dart.layers = nn.ModuleList(map(FsdpUnit, model.dart.layers))
+    model.dart.tokenizer.scorer = FsdpUnit(model.dart.tokenizer.scorer)
+    model.dart.tokenizer = FsdpUnit(model.dart.tokenizer)
+    return FsdpUnit(model)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, in_fsdp_units])
+def test_wrapped_models_have_the_same_groups(wrap):
+    model = tiny_dart()
+    expected, names = grouped(model, scorer_learning_rate=1e-3), dict(model.named_parameters())
+    wrapped = wrap(model)
+    assert {name for name, _ in wrapped.named_parameters()}.isdisjoint(names)
+    groups = parameter_groups(wrapped, LEARNING_RATE, WEIGHT_DECAY, scorer_learning_rate=1e-3)
+    ids = {name: {id(names[member]) for member in members} for name, members in expected.items()}
+    assert {group["name"]: set(map(id, group["params"])) for group in groups} == ids
+
+
+def test_arguments_out_of_range():
+    for layer_decay in (0, 1.5):
+        with pytest.raises(ValueError, match=f"layer_decay must be above 0 and at most 1, got {layer_decay}"):
+            parameter_groups(tiny_dart(), LEARNING_RATE, WEIGHT_DECAY, layer_decay)
+    with pytest.raises(ValueError, match="scorer_learning_rate must be at least 0, got -1"):
+        parameter_groups(tiny_dart(), LEARNING_RATE, WEIGHT_DECAY, scorer_learning_rate=-1)
+    flattened = nn.Module()
+    flattened.register_parameter("_flat_param", nn.Parameter(torch.zeros(8)))
+    with pytest.raises(ValueError, match="FSDP flattened the parameters"):
+        parameter_groups(flattened, LEARNING_RATE, WEIGHT_DECAY)
+
+
+class LearningRates(TrainerCallback):
+    """Keeps the learning rates of all groups, and the logged one, per step."""
+
+    def __init__(self):
+        self.groups, self.logged = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.groups.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "learning_rate" in logs:
+            self.logged.append(logs["learning_rate"])
+
+
+def train(folder, **arguments):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **arguments,
+    )
+    rates = LearningRates()
+    trainer = Trainer(
+        tiny_dart(),
+        arguments,
+        train_dataset=[
+            {"pixel_values": torch.rand(3, 16, 16), "labels": torch.tensor(label)} for label in (0, 1, 2, 0)
+        ],
+        optimizer_cls_and_kwargs=layerwise_optimizer(arguments, layer_decay=0.5, scorer_learning_rate=1e-3),
+        callbacks=[rates],
+    )
+    trainer.train()
+    return trainer, rates
+
+
+def test_trainer_schedules_every_group(tmp_path):
+    trainer, rates = train(tmp_path, adam_beta1=0.8)
+    # Linearly from the full rate at the first of four steps to zero after the last.
+    for step, groups in enumerate(rates.groups):
+        left = 1 - step / 4
+        assert len(groups) == 10
+        assert groups["depth_3"] == pytest.approx(left * 0.1)
+        assert groups["depth_0_no_decay"] == pytest.approx(left * 0.0125)
+        assert groups["scorer"] == pytest.approx(left * 1e-3)
+    assert rates.logged == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+def test_trainer_keeps_its_choice_of_optimizer(tmp_path):
+    trainer, _ = train(tmp_path, optim="sgd")
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+    assert len(trainer.optimizer.param_groups) == 10
+
+
+def test_an_optimizer_that_groups_for_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args, model: (torch.optim.SGD, {"params": []}))
+    with pytest.raises(ValueError, match="optim='sgd' groups the parameters itself"):
+        train(tmp_path, optim="sgd")
+
+
+def test_the_depths_of_a_vision_mamba():
+    config = DartVimConfig(hidden_size=8, num_hidden_layers=2, scorer="conv", num_labels=3)
+    groups = grouped(DartVimForImageClassification(config))
+    assert groups["depth_0_no_decay"] >= {"dart_vim.cls_token", "dart_vim.tokenizer.position_embeddings"}
+    mixer = "dart_vim.layers.1.mixer"
+    assert {f"{mixer}.in_proj.weight", f"{mixer}.backward_scan.dt_proj.weight"} <= groups["depth_2"]
+    # Rates of decay are no weights of a layer.
+    assert {f"{mixer}.forward_scan.{name}" for name in ("A_log", "D")} <= groups["depth_2_no_decay"]
+    assert groups["depth_3"] == {"classifier.weight"}
+    assert groups["depth_3_no_decay"] == {"classifier.bias", "dart_vim.norm.weight"}
+
+
+def test_the_depths_of_stages():
+    """Each layer of each stage has its own, and the step down to the next stage that of the layer before it."""
+    stages = {
+        "hidden_sizes": (8, 16),
+        "depths": (2, 1),
+        "num_attention_heads": (1, 2),
+        "mlp_ratios": (2, 2),
+        "decay_starts": (2, 2),
+        "decay_ranges": (4, 4),
+        "chunkwise": (True, False),
+        "layer_scale": (False, True),
+    }
+    groups = grouped(DartRmtForImageClassification(DartRmtConfig(**stages, scorer="conv", num_labels=3)))
+    depths = {name: int(group.split("_")[1]) for group, names in groups.items() for name in names}
+    expected = {
+        "tokenizer.scorer.head.fc1": 0,
+        "stem.convolutions.3.conv": 0,
+        "stages.0.layers.0.mlp.fc1": 1,
+        "stages.0.layers.1.mlp.fc1": 2,
+        "stages.0.downsample.conv": 2,
+        "stages.1.layers.0.mlp.fc1": 3,
+        "pooler.projection": 4,
+    }
+    assert {name: depths[f"dart_rmt.{name}.weight"] for name in expected} == expected
+    assert "dart_rmt.stages.1.layers.0.layer_scale1" in groups["depth_3_no_decay"]
