@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from dart_hf.benchmark.timing import PARTS, Settings, interleave, parts_of, summary
 from dart_hf.environment import command_line, machine
-from dart_hf.hub.loading import quiet
+from dart_hf.hub.loading import without_warnings
 from dart_hf.presets import PRESETS, preset_config
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -34,7 +34,7 @@ def main(
     settings = Settings(rounds=rounds)
     cases = [("batch", size, 448) for size in BATCH_SIZES] + [("image", 4, size) for size in IMAGE_SIZES]
     runs = {}
-    with quiet(), torch.inference_mode():
+    with without_warnings(), torch.inference_mode():
         config = preset_config(preset, num_patches=num_patches, num_labels=1000)
         model = AutoModelForImageClassification.from_config(config).eval()
         for case in cases:

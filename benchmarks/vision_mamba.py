@@ -28,7 +28,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from dart_hf import DartVimForImageClassification
 from dart_hf.benchmark.timing import Settings, interleave, memory_high_water, summary
 from dart_hf.environment import command_line, machine
-from dart_hf.hub.loading import quiet
+from dart_hf.hub.loading import without_warnings
 from dart_hf.modeling import modeling_dart_vim, selective_scan
 from dart_hf.presets import preset_config
 
@@ -184,7 +184,7 @@ def measure_memory(run: Callable, preset: str, length: int, settings: Settings) 
 def _memory(run: str, preset: str, length: int, settings: Settings, threads: int) -> float:
     torch.set_num_threads(threads)
     before = memory_high_water(settings.device)
-    with quiet():
+    with without_warnings():
         model = build(preset, length, settings.device)
         {"inference": inference, "training": training}[run](model, pictures(settings.batch_size, settings.device))
     return round(memory_high_water(settings.device) - before, 1)
@@ -204,7 +204,7 @@ def main(
         torch.set_num_threads(threads)
     settings = Settings(device=device, batch_size=batch_size, rounds=rounds, calls=1)
     settings.check()
-    with quiet():
+    with without_warnings():
         compared = [
             compare_scans(preset, inference, settings, compiled=True),
             compare_scans(preset, inference, replace(settings, batch_size=1)),

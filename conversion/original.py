@@ -25,7 +25,7 @@ from timm.data import ImageNetInfo
 
 from dart_hf.conversion.encoders import ENCODERS, Encoder, Reading, recognise_encoder
 from dart_hf.conversion.tensors import Tensors, renamed_tensors
-from dart_hf.files import check_unused, complete_folder
+from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import RegionConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
@@ -98,7 +98,7 @@ def convert_checkpoint(
     if variant is not None:
         _check_variant(variant)
     output = Path(output)
-    check_unused(output)
+    check_output_folder(output)
 
     path = _locate(checkpoint, variant)
     tensors, args_model = read_checkpoint(path, ema)
@@ -106,7 +106,7 @@ def convert_checkpoint(
     config, state = convert_state_dict(tensors, variant)
     model = VARIANTS[variant].encoder.model_class(config)
     model.load_state_dict(state)
-    with complete_folder(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         DartImageProcessor().save_pretrained(folder)
     return output

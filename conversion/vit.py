@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from dart_hf.conversion.original import read_checkpoint
 from dart_hf.conversion.tensors import TIMM_VIT_NAMES, NameTable, Tensors, check_tensors, renamed_tensors
-from dart_hf.files import check_unused, complete_folder
+from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_config
 from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_dart import DartConfig
@@ -87,9 +87,9 @@ def convert_vit(
     if score_grid_size < 1:
         raise ValueError(f"score_grid_size must be at least 1, got {score_grid_size}.")
     output = Path(output)
-    check_unused(output)
+    check_output_folder(output)
     model, processor = dart_from_vit(source, partition, scorer, scorer_weights, score_grid_size, say)
-    with complete_folder(output) as folder:
+    with atomic_folder(output) as folder:
         (model if model.num_labels else model.dart).save_pretrained(folder)
         processor.save_pretrained(folder)
     return output

@@ -1,4 +1,4 @@
-"""Why the Hugging Face Hub did not do what was asked, in words for its user."""
+"""Explain errors of the Hugging Face Hub to its user."""
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -10,7 +10,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# HTTP status -> what is wrong and what to do.
+# HTTP status -> what is wrong, and what to do.
 ADVICE = {
     400: "the Hub refuses what was sent",
     401: "the Hub does not accept the token; log in with 'hf auth login', or set HF_TOKEN to a valid one",
@@ -26,7 +26,7 @@ ADVICE = {
 
 
 def http_cause(error: BaseException) -> BaseException:
-    """The HTTP error because of which another one was raised, if that was so: libraries wrap the Hub's errors."""
+    """Return the HTTP error that caused `error`, else `error` itself: libraries wrap the Hub's errors in their own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HTTPError):
         cause = cause.__cause__ or cause.__context__
@@ -34,7 +34,7 @@ def http_cause(error: BaseException) -> BaseException:
 
 
 def hub_reason(error: BaseException) -> str:
-    """What is wrong and what to do: half a sentence, without its full stop."""
+    """Say what is wrong and what to do, as the end of a sentence without its full stop."""
     match http_cause(error):
         case GatedRepoError():
             return "it is gated: ask for access on its page on the Hub, and log in with 'hf auth login'"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from dart_hf.environment import command_line, machine
-from dart_hf.hub.loading import quiet
+from dart_hf.hub.loading import without_warnings
 from dart_hf.modeling.region_tokenizer import ImageRebuilder
 from dart_hf.presets import preset_config
 from dart_hf.visualization import save_figure
@@ -231,7 +231,7 @@ def run_benchmark(
     for entry in chosen:
         if entry.name in PUBLISHED_ACCURACY:
             entries[entry.name]["published_accuracy"] = PUBLISHED_ACCURACY[entry.name]
-    with quiet():
+    with without_warnings():
         for name, value in _time_inference(chosen, settings).items():
             entries[name].update(value)
         if settings.training:
@@ -441,7 +441,7 @@ def _peak_memory(chosen: Sequence[Contestant], settings: Settings) -> dict[str, 
     return results
 
 
-@quiet()
+@without_warnings()
 def _measure_memory(entry: Contestant, settings: Settings, threads: int) -> dict[str, float] | None:
     torch.set_num_threads(threads)
     before = memory_high_water(settings.device)

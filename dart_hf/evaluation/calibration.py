@@ -14,7 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator, evenly_spread, image_batches
 from dart_hf.data.sources import load_image_data
-from dart_hf.files import check_unused, complete_folder
+from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_model
 from dart_hf.modeling.region_scorer import RegionScorer, batch_moments
 
@@ -163,13 +163,13 @@ def calibrate_model(
         OSError: Model, data or an image cannot be had, or `output` is in use.
     """
     output = Path(output)
-    check_unused(output)
+    check_output_folder(output)
     model, image_processor = load_model(source, needs_classifier=False)
     images = load_image_data(data, subset, train_split=split, needs_labels=False).train
     images = evenly_spread(images, limit)
     calibration = calibrate_scores(model, image_processor, images, batch_size, skip_unreadable, workers, progress)
     record = Path(source) / "training.json"
-    with complete_folder(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         if record.is_file():

@@ -20,8 +20,8 @@ from dart_hf.data.labels import class_names, match_labels
 from dart_hf.data.sources import load_image_data
 from dart_hf.environment import command_line, machine
 from dart_hf.evaluation.metrics import TOP, Accuracy, TopKAccuracy, likeliest_classes
-from dart_hf.files import written_whole
-from dart_hf.hub.loading import load_model, located, weights_digest
+from dart_hf.files import absolute_source, atomic_write, weights_sha256
+from dart_hf.hub.loading import load_model
 from dart_hf.visualization import checked_picture_path, save_figure
 
 SCORE_NORMALIZATIONS = ("running", "image", "batch")
@@ -285,7 +285,7 @@ def run_evaluation(
 
     Returns:
         The fields of [`Evaluation`]; `model` and `data` (`source`, `subset`, `split`), as full paths where they are
-        here; `weights_sha256`, see [`weights_digest`], None unless the model's safetensors files are here;
+        here; `weights_sha256`, see [`weights_sha256`], None unless the model's safetensors files are here;
         `processor`, `threads`, `command` and `versions`.
 
     Raises:
@@ -297,7 +297,7 @@ def run_evaluation(
         checked_picture_path(plot)
     if output is not None:
         _check_writable(Path(output))
-    digest = weights_digest(Path(source)) if any(Path(source).glob("model*.safetensors")) else None
+    digest = weights_sha256(Path(source)) if any(Path(source).glob("model*.safetensors")) else None
     model, image_processor = load_model(source)
     if held_out:
         loaded = load_image_data(data, subset, held_out=held_out)
@@ -326,10 +326,10 @@ def run_evaluation(
         say(REPLACED_RULES[own])
     where = machine(evaluation.device)
     results = {
-        "model": located(os.fspath(source)),
+        "model": absolute_source(os.fspath(source)),
         "weights_sha256": digest,
         "data": {
-            "source": located(os.fspath(data)),
+            "source": absolute_source(os.fspath(data)),
             "subset": subset,
             "split": "held out of train" if held_out else split or str(images.split),
         },
@@ -342,7 +342,7 @@ def run_evaluation(
     for line in table(results):
         say(line)
     if output is not None:
-        with written_whole(Path(output)) as unfinished:
+        with atomic_write(Path(output)) as unfinished:
             unfinished.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         say(f"Wrote {output}")
     if plot is not None:

@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from dart_hf.data.digits_on_photos import PHOTOGRAPHS
 from dart_hf.export.onnx_scan import replace_scans, scans_as_nodes
-from dart_hf.files import check_unused, complete_folder
+from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_model
 
 # Format -> the program's file, and the packages that writing and checking it needs.
@@ -106,7 +106,7 @@ def export_model(
         with scans_as_nodes() if format == "onnx" else nullcontext():
             program = _trace(model, input_shape)
         bar.update()
-        with complete_folder(output) as folder:
+        with atomic_folder(output) as folder:
             path = folder / FORMATS[format][0]
             bar.set_description("Writing")
             (_write_onnx if format == "onnx" else _write_torch)(program, path)
@@ -136,7 +136,7 @@ def _check_arguments(output: Path, format: str, num_patches: int | None, int8: b
         raise ValueError(f"int8 needs format='onnx', got {format!r}.")
     if num_patches is not None and num_patches < 1:
         raise ValueError(f"num_patches must be at least 1, got {num_patches}.")
-    check_unused(output)
+    check_output_folder(output)
     absent = [package for package in FORMATS[format][1] if find_spec(package) is None]
     if absent:
         raise ImportError(

@@ -35,7 +35,8 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from yaml import YAMLError
 
-from dart_hf.hub.loading import load_model, quiet, weights_digest
+from dart_hf.files import weights_sha256
+from dart_hf.hub.loading import load_model, without_warnings
 from dart_hf.hub.model_card import (
     EVALUATION,
     TRAINING,
@@ -144,7 +145,7 @@ def publish(
     model, processor = _load_complete(folder)
     expected = _answers(model, processor)
     training, evaluation = (read_record(folder / f"{name}.json", shape) for name, shape in RECORD_SHAPES.items())
-    omits_evaluation = bool(evaluation) and evaluation.get("weights_sha256") != weights_digest(folder)
+    omits_evaluation = bool(evaluation) and evaluation.get("weights_sha256") != weights_sha256(folder)
     if omits_evaluation:
         evaluation = {}
     written = _read_card(folder / "README.md", "in the folder")
@@ -255,7 +256,7 @@ def _stage_records(records: Records, staged: Path) -> None:
     """Write the records beside the model, whose file may be another than the folder's."""
     contents = {"training": records.training, "evaluation": records.evaluation}
     if records.evaluation:
-        contents["evaluation"] = {**records.evaluation, "weights_sha256": weights_digest(staged)}
+        contents["evaluation"] = {**records.evaluation, "weights_sha256": weights_sha256(staged)}
     for name, content in contents.items():
         if content:
             text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -426,7 +427,7 @@ class _Repository:
                     f"commit; {again}."
                 )
             model, processor = load_model(fetched, needs_classifier=False)
-            with quiet():
+            with without_warnings():
                 difference = float((_answers(model.cpu(), processor) - expected).abs().max())
         # Written so that NaN is refused.
         if not difference <= TOLERANCE * float(expected.abs().max()):

@@ -31,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
-from dart_hf.files import flush, written_whole
+from dart_hf.files import atomic_write, flush_to_disk
 
 MARKER = "complete.json"
 
@@ -91,10 +91,10 @@ def _mark_complete(checkpoint: Path) -> None:
     contents = list(checkpoint.rglob("*"))
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in contents if path.is_file()}
     for path in (*contents, checkpoint.parent, checkpoint):
-        flush(path)
-    with written_whole(checkpoint / MARKER) as unfinished:
+        flush_to_disk(path)
+    with atomic_write(checkpoint / MARKER) as unfinished:
         unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n")
-    flush(checkpoint)
+    flush_to_disk(checkpoint)
 
 
 def _remove(checkpoint: Path) -> None:

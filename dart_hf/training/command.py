@@ -35,8 +35,8 @@ from dart_hf.conversion.vit import dart_from_vit
 from dart_hf.data.collator import without_worker_traceback
 from dart_hf.data.labels import class_names, match_labels
 from dart_hf.data.sources import ImageData, load_image_data
-from dart_hf.files import move_model, written_whole
-from dart_hf.hub.loading import load_config, load_dart_config, located
+from dart_hf.files import absolute_source, atomic_write, move_model_files
+from dart_hf.hub.loading import load_config, load_dart_config
 from dart_hf.modeling.configuration_dart import RegionConfig
 from dart_hf.presets import PRESETS, preset_config
 from dart_hf.training.checkpoints import (
@@ -245,7 +245,7 @@ def parse_settings(arguments: Sequence[str]) -> TrainingSettings:
     if (values["output_dir"], values["resume_from_checkpoint"]) != (output, None):
         raise ValueError("Use output for output_dir, and resume for resume_from_checkpoint.")
     given = {
-        name: located(value) if name in SOURCES else value
+        name: absolute_source(value) if name in SOURCES else value
         for name, value in values.items()
         if value != defaults[name] and name not in ("output", "output_dir", "resume", "config")
     }
@@ -418,7 +418,7 @@ def _check_output(output: Path, resume: bool) -> None:
 def _write_settings(output: Path, given: Mapping[str, Any]) -> None:
     """Leave in the output folder what a resumed run begins with."""
     output.mkdir(parents=True, exist_ok=True)
-    with written_whole(output / SETTINGS_FILE) as unfinished:
+    with atomic_write(output / SETTINGS_FILE) as unfinished:
         unfinished.write_text(json.dumps({COMMAND: given}, indent=2) + "\n")
 
 
@@ -602,14 +602,16 @@ def _facts(
     skipped = torch.tensor(trainer.data_collator.num_skipped, device=trainer.args.device)
     return {
         "data": {
-            "source": located(settings.data.data),
+            "source": absolute_source(settings.data.data),
             "subset": settings.data.subset,
             "train_split": settings.data.train_split,
             "evaluation_split": data.evaluation_split,
             "num_train_images": len(data.train) if hasattr(data.train, "__len__") else None,
             "num_evaluation_images": len(data.evaluation) if hasattr(data.evaluation, "__len__") else None,
         },
-        "started_from": located(settings.model.model) if settings.model.model else f"preset {settings.model.preset}",
+        "started_from": absolute_source(settings.model.model)
+        if settings.model.model
+        else f"preset {settings.model.preset}",
         "settings": settings.given,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -634,4 +636,4 @@ def _save(trainer: Trainer, output: Path, facts: Mapping[str, Any]) -> None:
         (unfinished / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         # Of the weights that are replaced.
         (output / EVALUATION_FILE).unlink(missing_ok=True)
-        move_model(unfinished, output)
+        move_model_files(unfinished, output)

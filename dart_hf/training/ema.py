@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 
-from dart_hf.files import written_whole
+from dart_hf.files import atomic_write
 from dart_hf.training.checkpoints import MARKER, checkpoint_folder
 
 EMA_FILE = "ema.safetensors"
@@ -129,7 +129,7 @@ class EmaCallback(TrainerCallback):
                 raise ValueError(
                     f"{checkpoint} is already complete: give CompleteCheckpointCallback after EmaCallback."
                 )
-            with written_whole(checkpoint / EMA_FILE) as unfinished:
+            with atomic_write(checkpoint / EMA_FILE) as unfinished:
                 save_model(self._average.module, os.fspath(unfinished), metadata={"format": "pt"})
 
     def on_train_end(

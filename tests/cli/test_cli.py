@@ -240,7 +240,7 @@ CALIBRATE = ["calibrate", "--model", "model", "--data"]
         ([*PREDICT, "program"], "The folder 'program' holds an exported program, model.onnx"),
         ([*PREDICT, "cup.png"], "'cup.png' is a file"),
         ([*PREDICT, "./none"], "There is no folder './none'"),
-        ([*PREDICT, "some/model"], "no folder 'some/model', and no such model could be had from the Hub"),
+        ([*PREDICT, "some/model"], "no folder 'some/model', and the Hub did not give a model of that name"),
         ([*PREDICT, "model", "--num-patches", "0"], "--num-patches"),
         ([*PREDICT, "model", "--top-k", "many"], "--top-k"),
         (["predict", "cup.png"], "--model"),

@@ -614,7 +614,7 @@ def test_what_is_neither_a_folder_nor_an_id_stops(tmp_path, monkeypatch):
     stops("There is no folder 'models/vit/last'", "models/vit/last", tmp_path, FileNotFoundError)
     (tmp_path / "vit.pth").touch()
     stops("'vit.pth' is a file; give the model's folder", "vit.pth", tmp_path, NotADirectoryError)
-    stops("There is no folder 'no/body', and no such model could be had from the Hub", "no/body", tmp_path, OSError)
+    stops("There is no folder 'no/body', and the Hub did not give a model of that name", "no/body", tmp_path, OSError)
 
 
 def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):

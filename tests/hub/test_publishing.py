@@ -29,8 +29,8 @@ from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.cli.main import app
+from dart_hf.files import weights_sha256
 from dart_hf.hub import publishing
-from dart_hf.hub.loading import weights_digest
 from dart_hf.hub.model_card import MADE
 
 CODE = [
@@ -198,7 +198,7 @@ def folder(tmp_path_factory) -> Path:
         "score_normalization": "running",
         "budgets": [{"num_patches": 9, "top1": 0.9, "top5": None, "images_per_second": 8.0}],
         "command": "dart-hf evaluate --model /home/me/model",
-        "weights_sha256": weights_digest(folder),
+        "weights_sha256": weights_sha256(folder),
     }
     (folder / "training.json").write_text(json.dumps(training))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
@@ -413,13 +413,13 @@ def test_a_new_model_takes_the_place_of_the_old_one(hub, client, folder, old_mod
 
 def test_a_folder_of_several_weight_files(hub, client, old_model, tmp_path):
     """Of which the records are published with the digest of the one file that is made of them."""
-    evaluation = {"num_images": 90, "weights_sha256": weights_digest(old_model)}
+    evaluation = {"num_images": 90, "weights_sha256": weights_sha256(old_model)}
     (old_model / "evaluation.json").write_text(json.dumps(evaluation))
     client.publish(old_model, "user/sharded")
     files = hub.repository("user/sharded").files()
     assert not [name for name in files if "-of-" in name or "index" in name]
     (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
-    assert json.loads(files["evaluation.json"]) == {"num_images": 90, "weights_sha256": weights_digest(tmp_path)}
+    assert json.loads(files["evaluation.json"]) == {"num_images": 90, "weights_sha256": weights_sha256(tmp_path)}
 
 
 @pytest.mark.parametrize("digest", [{}, {"weights_sha256": "0" * 64}])

@@ -60,14 +60,14 @@ def test_files_in_subfolders_count(tmp_path):
 def test_everything_is_flushed_before_it_counts(folder, monkeypatch):
     checkpoint = folder / "checkpoint-12"
     (checkpoint / MARKER).unlink()
-    flush, before, after = folders.flush, set(), set()
+    flush, before, after = folders.flush_to_disk, set(), set()
 
     def record(path):
         (after if is_complete(checkpoint) else before).add(path)
         flush(path)
 
     for module in (checkpoints, folders):
-        monkeypatch.setattr(module, "flush", record)
+        monkeypatch.setattr(module, "flush_to_disk", record)
     files = set(checkpoint.iterdir())
     checkpoints._mark_complete(checkpoint)
     assert before == files | {folder, checkpoint, checkpoint / f".{MARKER}.unfinished"}
