@@ -14,7 +14,7 @@ import datasets
 import golden
 import pytest
 import torch
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 
 from dart_hf.conversion.original import VARIANTS, convert_checkpoint
 

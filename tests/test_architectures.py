@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ENCODERS, tiny_classifier
-from tiny_training import tiny_pictures
+from helpers.tiny_models import ENCODERS, tiny_classifier
+from helpers.tiny_training import tiny_pictures
 
 from dart_hf import DartImageProcessor
 from dart_hf.evaluation.calibration import calibrate_model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import ENCODERS, tiny_classifier
+from helpers.tiny_models import ENCODERS, tiny_classifier
 
 from dart_hf import DartConfig, DartForImageClassification
 from dart_hf.modeling.selective_scan import cuda_kernel, selective_scan

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import skimage
 import torch
+from helpers.tiny_models import tiny_classifier
 from PIL import Image
-from tiny_models import tiny_classifier
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ENCODERS, tiny_classifier
+from helpers.tiny_models import ENCODERS, tiny_classifier
 
 from dart_hf import DartImageProcessor
 
-SCRIPT = Path(__file__).with_name("without_dart_hf.py")
+SCRIPT = Path(__file__).parent / "helpers" / "without_dart_hf.py"
 
 
 @pytest.mark.parametrize(

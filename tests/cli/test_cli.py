@@ -12,10 +12,10 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from datasets import enable_progress_bars
+from helpers.tiny_models import tiny_classifier
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
-from tiny_models import tiny_classifier
 from transformers.utils import logging
 from typer.testing import CliRunner
 

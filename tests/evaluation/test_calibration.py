@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.tiny_models import tiny_classifier
 from PIL import Image
 from skimage import data as photographs
-from tiny_models import tiny_classifier
 
 from dart_hf import DartForImageClassification, DartImageProcessor, DartModel
 from dart_hf.evaluation.calibration import Calibration, calibrate_model, calibrate_scores, raw_scores

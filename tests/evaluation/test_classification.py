@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.tiny_models import tiny_classifier
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import tiny_classifier
 
 import dart_hf.evaluation.classification
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor

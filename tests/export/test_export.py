@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import skimage
 import torch
+from helpers.tiny_models import ENCODERS, tiny_classifier
 from PIL import Image
-from tiny_models import ENCODERS, tiny_classifier
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
+from helpers.hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
 WEIGHTS = bytes(range(256)) * 48000  # 12 MB; the client stores 10 MB at a time
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_server import READ_TOKEN, HubServer
+from helpers.hub_server import READ_TOKEN, HubServer
 from PIL import Image
 from skimage import data
 from timm.models import save_for_hf
@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
 
-CLEAN_SCRIPT = Path(__file__).parents[1] / "without_dart_hf.py"
+CLEAN_SCRIPT = Path(__file__).parents[1] / "helpers" / "without_dart_hf.py"
 
 # Loads the model in the three ways that users do.
 BY_ID = """

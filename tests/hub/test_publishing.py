@@ -15,16 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hub_server
 import pytest
 import torch
-from hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Blob, Commit, HubServer
+from helpers import hub_server
+from helpers.hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, Blob, Commit, HubServer
+from helpers.tiny_models import tiny_classifier
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
-from tiny_models import tiny_classifier
 from typer.testing import CliRunner
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
@@ -54,7 +54,7 @@ FILES = {
     "training.json",
     *CODE,
 }
-CLEAN_SCRIPT = Path(__file__).parents[1] / "without_dart_hf.py"
+CLEAN_SCRIPT = Path(__file__).parents[1] / "helpers" / "without_dart_hf.py"
 
 # Requests come in as lines of JSON: a function's name, the token to use, and its arguments.
 CLIENT = """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate import cpu_offload
-from tiny_models import ENCODERS, tiny_classifier
+from helpers.tiny_models import ENCODERS, tiny_classifier
 from torch import distributed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh

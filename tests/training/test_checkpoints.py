@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import tiny_trainer
+from helpers.tiny_training import tiny_trainer
 from transformers import Trainer, TrainerCallback
 
 from dart_hf import files as folders

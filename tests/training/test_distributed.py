@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from helpers.tiny_models import ENCODERS, tiny_classifier
 from safetensors.torch import load_file
-from tiny_models import ENCODERS, tiny_classifier
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.data.digits_on_photos import digits_on_photos

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from helpers.tiny_training import same_tensors, tiny_dart, tiny_trainer
 from safetensors.torch import load_file, save_file
-from tiny_training import same_tensors, tiny_dart, tiny_trainer
 from transformers import TrainerCallback
 
 from dart_hf.training import ema as averaging

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.tiny_training import TINY, same_tensors, tiny_pictures, tiny_trainer
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from tiny_training import TINY, same_tensors, tiny_pictures, tiny_trainer
 from transformers import Trainer, TrainerState
 
 from dart_hf.training import checkpoints
