@@ -428,7 +428,7 @@ def test_what_is_measured_of_other_weights_is_left_out(hub, client, tmp_path, di
     hub.add(name, {"evaluation.json": b"{}"})
     budgets = [{"num_patches": 9, "top1": 0.875}]
     (folder / "evaluation.json").write_text(json.dumps({"num_images": 90, "budgets": budgets, **digest}))
-    assert f"{folder / 'evaluation.json'} is not of these weights" in client.publish(folder, name)
+    assert f"{folder / 'evaluation.json'}: it belongs to other weights" in client.publish(folder, name)
     files = hub.repository(name).files()
     assert "evaluation.json" not in files and b"87.5%" not in files["README.md"]
 
@@ -489,7 +489,7 @@ def test_a_card_of_ones_own_keeps_its_text(hub, client, where, tmp_path):
     hub.add(name, {"README.md": own if where == "hub" else b"# Older\n"})
     if where == "folder":
         (folder / "README.md").write_bytes(own)
-    assert "keeps the text that somebody wrote" in client.publish(folder, name)
+    assert "keeps its text, because somebody wrote it" in client.publish(folder, name)
     card = card_of(hub, name)
     assert card.text == "# Mine\n"
     assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-classification")
