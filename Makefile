@@ -26,7 +26,7 @@ help:
 	@echo "make venv         make .venv with everything for development"
 	@echo "make clean        remove build products, caches and quick start results (.venv stays)"
 
-quickstart: .venv/installed
+quickstart: .venv/installed-quickstart
 	@$(BIN)/dart-hf quickstart --output quickstart
 	@echo "The command dart-hf is in $(BIN); 'source $(BIN)/activate' puts it on the path."
 
@@ -40,7 +40,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 # Other settings: make benchmark BENCHMARK=cuda-bfloat16 BENCHMARK_ARGS='--device cuda --dtype bfloat16 --batch-size 256'
-benchmark: .venv/installed
+benchmark: .venv/installed-quickstart
 	$(BIN)/dart-hf benchmark --output $(RESULTS)/$(BENCHMARK) $(BENCHMARK_ARGS)
 	$(BIN)/python benchmarks/scaling.py --output $(RESULTS)/scaling.json
 	$(BIN)/python benchmarks/vision_mamba.py --output $(RESULTS)/vision_mamba.json

@@ -1,9 +1,10 @@
-"""What a measurement ran on."""
+"""The surroundings of a run: the machine, the command that is running, and the optional packages."""
 
 import importlib.metadata
 import platform
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
+    """The hardware and the versions that a measurement ran on."""
     packages = ("dart-hf", "torch", "torchvision", "transformers", "timm")
     return {
         "processor": _processor_name(),
@@ -26,6 +28,24 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def command_line() -> str:
     """The command that is running, without the folder of its program."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def require_packages(purpose: str, extra: str, *modules: str) -> None:
+    """Check that optional packages are installed.
+
+    Args:
+        purpose: What needs them, as the start of the error's sentence: `"Drawing"`.
+        extra: The extra of this package that installs them.
+        modules: The names by which they are imported.
+
+    Raises:
+        ImportError: One of them is missing.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"{purpose} needs {', '.join(missing)}, which is not installed: pip install 'dart-hf[{extra}]'."
+        )
 
 
 def _processor_name() -> str:

@@ -1,27 +1,33 @@
-"""Pictures of where a model's tokens went: region outlines over the image, and the density beside it."""
+"""Draw where a model's tokens went: outlines of the regions over the image, and the density beside it.
 
+Drawing needs matplotlib, from the extra `quickstart`. It is imported where it is used.
+"""
+
+import functools
 import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
-from matplotlib.figure import Figure
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from dart_hf.environment import require_packages
 from dart_hf.modeling.region_partition import Regions
 
-# Density is drawn relative to an even spread, from a quarter of it (blue) to four times as much (orange). All of the
-# colours are bright enough to show on a dark photograph.
-NORM = LogNorm(1 / 4, 4, clip=True)
-COLOURS = LinearSegmentedColormap.from_list("density", ["#2b4bff", "#19c8ff", "#ffffff", "#ffe100", "#ff8c00"])
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+# Density is drawn relative to an even spread, from a quarter of it (blue) to four times as much (orange). All colours
+# are bright enough to show on a dark photograph.
+LOWEST, HIGHEST = 1 / 4, 4
+COLOURS = ("#2b4bff", "#19c8ff", "#ffffff", "#ffe100", "#ff8c00")
 TICKS = {1 / 4: "¼×", 1 / 2: "½×", 1: "1×", 2: "2×", 4: "4×"}
 PANEL_INCHES = 4.5
 
@@ -34,29 +40,33 @@ def draw_regions(
     columns: int = 4,
     image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> Figure:
-    """Draw what the model saw with an outline around the region of every token.
+) -> "Figure":
+    """Draw images with an outline around the region of every token.
 
-    An outline's colour says how many tokens there are for its area, compared with an even spread: blue is sparse,
-    orange is dense. A region that leaves its band at the right border goes on at the left of the next one; it is drawn
-    open there, and the two ends have the same number beside the image.
+    The colour of an outline shows how many tokens there are for its area, compared with an even spread: blue is sparse,
+    orange is dense. A region that reaches the right border of its band continues at the left of the next band. It is
+    drawn open at both places, with the same number beside the image.
 
     Args:
         pixel_values: (B, C, H, W) or (C, H, W), as the model got them.
-        regions: Of the same images: `model(pixel_values, output_regions=True).regions`.
+        regions: The regions of the same images: `model(pixel_values, output_regions=True).regions`.
         titles: A title for each image; the number of tokens is added.
-        with_scores: Whether to draw the density that the regions follow, in the same colours, beside each image.
-        columns: Most images in a row.
-        image_mean, image_std: What the pixel values were normalised with, to be undone.
+        with_scores: Also draw, beside each image, the density that the regions follow.
+        columns: The largest number of images in a row.
+        image_mean, image_std: The normalisation of the pixel values, which is undone.
 
     Returns:
-        A figure, to save with [`save_figure`] or to show in a notebook.
+        A figure, for [`save_figure`] or a notebook.
 
     Raises:
-        ValueError: The arguments do not belong together.
+        ValueError: The arguments do not fit together.
+        ImportError: matplotlib is not installed.
     """
+    require_packages("Drawing", "quickstart", "matplotlib")
+    from matplotlib.figure import Figure
+
     images = _shown_images(pixel_values, image_mean, image_std)
-    placed = _place(regions, images)
+    rectangles = _rectangles_of_images(regions, images)
     titles = [""] * len(images) if titles is None else list(titles)
     if len(titles) != len(images):
         raise ValueError(f"titles must have one entry per image, got {len(titles)} for {len(images)} images.")
@@ -72,28 +82,64 @@ def draw_regions(
         layout="compressed",
     )
     axes = figure.subplots(down, across * panels, squeeze=False).reshape(-1, panels)
-    for row, image, title, places in zip(axes, images, titles, placed, strict=False):
-        _draw_outlines(row[0], image, places)
-        row[0].set_title(f"{title} · {places.num_tokens} tokens" if title else f"{places.num_tokens} tokens")
+    colours = _density_colours()
+    for row, image, title, parts in zip(axes, images, titles, rectangles, strict=False):
+        _draw_outlines(row[0], image, parts)
+        row[0].set_title(f"{title} · {parts.num_tokens} tokens" if title else f"{parts.num_tokens} tokens")
         if with_scores:
-            row[1].imshow(places.density, cmap=COLOURS, norm=NORM, extent=(0, width, height, 0))
+            row[1].imshow(parts.density, cmap=colours.cmap, norm=colours.norm, extent=(0, width, height, 0))
             row[1].set_title("density")
     for axis in axes.flat:
         axis.set_axis_off()
-    bar = figure.colorbar(ScalarMappable(NORM, COLOURS), ax=axes, ticks=list(TICKS), shrink=0.6, aspect=30, pad=0.01)
+    bar = figure.colorbar(colours, ax=axes, ticks=list(TICKS), shrink=0.6, aspect=30, pad=0.01)
     bar.ax.set_yticklabels(TICKS.values())
     bar.ax.minorticks_off()
     bar.set_label("tokens per area, relative to an even spread")
-    if any(places.wraps.any() for places in placed):
-        figure.supxlabel("The same number at both sides: one region, which goes on in the next band.", fontsize=7)
+    if any(parts.wraps.any() for parts in rectangles):
+        figure.supxlabel("The same number at both sides: one region, which continues in the next band.", fontsize=7)
     return figure
 
 
-def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
-    """Write a figure in the format that the file's name ends in, whole or not at all.
+def draw_model_regions(
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    image: str | os.PathLike,
+    num_patches: int | None = None,
+    with_scores: bool = False,
+) -> "Figure":
+    """Run a model on an image file and draw the regions of its tokens.
+
+    Args:
+        model: A DART model; it needs no classifier.
+        image_processor: Prepares the image.
+        image: The file.
+        num_patches: Token budget; by default the model's own.
+        with_scores: As for [`draw_regions`].
 
     Raises:
-        ValueError: The ending is no picture format that matplotlib writes.
+        ValueError: An argument is out of range, or the file is no image.
+        OSError: The file is missing or unreadable.
+        ImportError: matplotlib is not installed.
+    """
+    require_packages("Drawing", "quickstart", "matplotlib")
+    pixel_values = image_processor(image, return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        outputs = model(pixel_values.to(model.device), num_patches=num_patches, output_regions=True)
+    return draw_regions(
+        pixel_values,
+        outputs.regions,
+        titles=[Path(image).name],
+        with_scores=with_scores,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+    )
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:
+    """Write a figure in the format that the file's name ends in. The file is written completely or not at all.
+
+    Raises:
+        ValueError: The name does not end in a picture format that matplotlib writes.
         FileNotFoundError: The folder does not exist.
     """
     path = checked_picture_path(path)
@@ -109,7 +155,10 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
 
 
 def checked_picture_path(path: str | os.PathLike) -> Path:
-    """The path, if [`save_figure`] could write there; it raises the same errors."""
+    """Check that [`save_figure`] can write to a path: it raises the same errors, before there is a figure."""
+    require_packages("Drawing", "quickstart", "matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
     path = Path(path)
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
@@ -119,16 +168,25 @@ def checked_picture_path(path: str | os.PathLike) -> Path:
     return path
 
 
+@functools.cache
+def _density_colours() -> "ScalarMappable":
+    """The colours of density, relative to an even spread."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    return ScalarMappable(LogNorm(LOWEST, HIGHEST, clip=True), LinearSegmentedColormap.from_list("density", COLOURS))
+
+
 @dataclass
-class _Places:
-    """The rectangles of one image, in pixels, those without area left out.
+class _Rectangles:
+    """The rectangles of one image that have an area.
 
     Args:
-        boxes: (M, 4) as x0, y0, x1, y1, in the order of the strip.
-        relative: (M,) tokens for the area of the rectangle's region, as a multiple of an even spread.
+        boxes: (M, 4) as x0, y0, x1, y1 in pixels, in the order of the strip.
+        relative: (M,) the tokens per area of the rectangle's region, as a multiple of an even spread.
         wraps: (M,) whether the next rectangle belongs to the same region.
-        density: (G, G) as a multiple of the mean.
-        num_tokens: N.
+        density: (G, G) as a multiple of its mean.
+        num_tokens: The number of tokens, N.
     """
 
     boxes: np.ndarray
@@ -152,7 +210,7 @@ def _shown_images(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequen
     return images.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def _place(regions: Regions, images: np.ndarray) -> list[_Places]:
+def _rectangles_of_images(regions: Regions, images: np.ndarray) -> list[_Rectangles]:
     height, width = images.shape[1:3]
     bands, num_tokens = regions.row_edges.shape[1] - 1, regions.strip_edges.shape[1] - 1
     size = (
@@ -165,59 +223,63 @@ def _place(regions: Regions, images: np.ndarray) -> list[_Places]:
             f"regions must be those of pixel_values, {len(images)} of {height}×{width} pixels; "
             f"got {size[0]} of {size[1]}×{size[2]}."
         )
-    boxes, tokens = (tensor.detach().cpu().numpy() for tensor in regions.boxes())
+    boxes, tokens = (tensor.detach().cpu().numpy() for tensor in regions.boxes()[:2])
     scores = regions.scores.detach().double().cpu().numpy()
     return [
-        _places_of_one(*one, height * width / num_tokens, num_tokens) for one in zip(boxes, tokens, scores, strict=True)
+        _rectangles_of_image(*image, height * width / num_tokens, num_tokens)
+        for image in zip(boxes, tokens, scores, strict=True)
     ]
 
 
-def _places_of_one(
+def _rectangles_of_image(
     boxes: np.ndarray, tokens: np.ndarray, scores: np.ndarray, even_area: float, num_tokens: int
-) -> _Places:
+) -> _Rectangles:
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = np.bincount(tokens, weights=sides.prod(axis=1), minlength=num_tokens)
     seen = (sides > 1e-3).all(axis=1)
     boxes, tokens = boxes[seen], tokens[seen]
     mean = scores.mean()
-    return _Places(
+    return _Rectangles(
         boxes=boxes,
         relative=even_area / areas[tokens],
         wraps=np.append(tokens[1:] == tokens[:-1], False),
-        # Scores that say nothing gave an even spread.
+        # Unusable scores gave an even spread.
         density=scores / mean if np.isfinite(mean) and mean > 0 else np.ones_like(scores),
         num_tokens=num_tokens,
     )
 
 
-def _draw_outlines(axis: Axes, image: np.ndarray, places: _Places) -> None:
+def _draw_outlines(axis: "Axes", image: np.ndarray, parts: _Rectangles) -> None:
+    from matplotlib.collections import LineCollection
+
     height, width = image.shape[:2]
     axis.imshow(image, extent=(0, width, height, 0))
-    x0, y0, x1, y1 = places.boxes.T
-    goes_on = places.wraps
-    comes_from = np.roll(goes_on, 1)
+    x0, y0, x1, y1 = parts.boxes.T
+    open_right = parts.wraps
+    open_left = np.roll(open_right, 1)
     lines, density = [], []
     for start, end, drawn in [
-        ((x0, y0), (x1, y0), np.ones_like(goes_on)),
-        ((x0, y1), (x1, y1), np.ones_like(goes_on)),
-        ((x0, y0), (x0, y1), ~comes_from),
-        ((x1, y0), (x1, y1), ~goes_on),
+        ((x0, y0), (x1, y0), np.ones_like(open_right)),
+        ((x0, y1), (x1, y1), np.ones_like(open_right)),
+        ((x0, y0), (x0, y1), ~open_left),
+        ((x1, y0), (x1, y1), ~open_right),
     ]:
         lines.append(np.stack([np.stack(start, axis=1), np.stack(end, axis=1)], axis=1)[drawn])
-        density.append(places.relative[drawn])
+        density.append(parts.relative[drawn])
     lines, density = np.concatenate(lines), np.concatenate(density)
-    # Neighbours share a side: the denser one shows.
+    # Two neighbours share a side; the denser one is drawn last and stays visible.
     order = np.argsort(density, kind="stable")
     lines, density = lines[order], density[order]
     style = {"capstyle": "projecting", "clip_on": False}
     axis.add_collection(LineCollection(lines, linewidths=1.8, colors="black", alpha=0.35, **style), autolim=False)
-    outlines = LineCollection(lines, linewidths=0.9, cmap=COLOURS, norm=NORM, **style)
+    colours = _density_colours()
+    outlines = LineCollection(lines, linewidths=0.9, cmap=colours.cmap, norm=colours.norm, **style)
     outlines.set_array(density)
     axis.add_collection(outlines, autolim=False)
-    for number, piece in enumerate(np.flatnonzero(goes_on), start=1):
+    for number, piece in enumerate(np.flatnonzero(open_right), start=1):
         for x, piece_shown, text, side in [
             (width, piece, f" ▸{number}", "left"),
             (0, piece + 1, f"{number}▸ ", "right"),
         ]:
-            middle = places.boxes[piece_shown, [1, 3]].mean()
+            middle = parts.boxes[piece_shown, [1, 3]].mean()
             axis.text(x, middle, text, ha=side, va="center", fontsize=6, color="0.3")

@@ -18,11 +18,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from matplotlib.figure import Figure
 from timm.layers import set_fused_attn
 from torch import nn
 from tqdm import tqdm
@@ -33,6 +32,9 @@ from dart_hf.hub.loading import without_warnings
 from dart_hf.modeling.region_tokenizer import ImageRebuilder
 from dart_hf.presets import preset_config
 from dart_hf.visualization import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NUM_LABELS = 1000
 DART_IMAGE_SIZE = 448
@@ -538,8 +540,10 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         yield f"{comparison['model']} : {comparison['peer']}  {', '.join(ratios)}"
 
 
-def draw_time_split(results: dict[str, Any]) -> Figure:
+def draw_time_split(results: dict[str, Any]) -> "Figure":
     """Where the time of one forward goes, beside the plain transformers' time."""
+    from matplotlib.figure import Figure
+
     entries = results["models"]
     figure = Figure(figsize=(9, 0.36 * len(entries) + 1.6), layout="constrained")
     axes = figure.subplots()
@@ -562,8 +566,10 @@ def draw_time_split(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_throughput(results: dict[str, Any]) -> Figure:
+def draw_throughput(results: dict[str, Any]) -> "Figure":
     """Images per second against the published accuracy."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     labelled = set()

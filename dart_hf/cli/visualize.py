@@ -28,7 +28,10 @@ def visualize(
     if not image.is_file():
         raise FileNotFoundError(f"There is no image file {str(image)!r}.")
     quiet_loading()
-    from dart_hf.evaluation.prediction import visualize as visualize_image
+    from dart_hf.hub.loading import load_model
+    from dart_hf.visualization import checked_picture_path, draw_model_regions, save_figure
 
-    visualize_image(image, model, output, num_patches=num_patches, with_scores=scores)
+    checked_picture_path(output)
+    loaded, processor = load_model(model, needs_classifier=False)
+    save_figure(draw_model_regions(loaded, processor, image, num_patches=num_patches, with_scores=scores), output)
     typer.echo(f"Wrote {output}")

@@ -8,11 +8,10 @@ import io
 from typing import Literal
 
 import numpy as np
-import skimage.data
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+from dart_hf.environment import require_packages
 
 # The photographs that are part of the scikit-image package itself; others would be downloaded.
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel", "rocket")
@@ -56,6 +55,7 @@ def digits_on_photos(
 
     Raises:
         ValueError: An argument is out of range.
+        ImportError: scikit-image or scikit-learn is not installed.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
@@ -66,6 +66,9 @@ def digits_on_photos(
         raise ValueError(
             f"digit_sizes must be two growing numbers from 8 to image_size={image_size}, got {smallest} and {largest}."
         )
+    require_packages("Pasting digits on photographs", "quickstart", "skimage", "sklearn")
+    from sklearn.datasets import load_digits
+
     scans = load_digits()
     photographs = [_half_photograph(name, split, image_size) for name in PHOTOGRAPHS]
     digits = np.tile(_digits_of_split(scans.target, split), placements)
@@ -81,12 +84,16 @@ def digits_on_photos(
 
 
 def _digits_of_split(labels: np.ndarray, split: str) -> np.ndarray:
+    from sklearn.model_selection import train_test_split
+
     train, test = train_test_split(np.arange(len(labels)), test_size=NUM_TEST_DIGITS, stratify=labels, random_state=0)
     return train if split == "train" else test
 
 
 def _half_photograph(name: str, split: str, image_size: int) -> np.ndarray:
     """The split's half of a photograph, darkened, enlarged where a crop of `image_size` would not fit: (H, W, 3)."""
+    import skimage.data
+
     photograph = PILImage.fromarray(getattr(skimage.data, name)()).convert("RGB")
     width, height = photograph.size
     half = photograph.crop((0, 0, width // 2, height) if split == "train" else (width // 2, 0, width, height))

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from matplotlib.figure import Figure
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator, evenly_spread, image_batches
@@ -23,6 +22,9 @@ from dart_hf.evaluation.metrics import TOP, Accuracy, TopKAccuracy, likeliest_cl
 from dart_hf.files import absolute_source, atomic_write, weights_sha256
 from dart_hf.hub.loading import load_model
 from dart_hf.visualization import checked_picture_path, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCORE_NORMALIZATIONS = ("running", "image", "batch")
 # Rules of a model in whose place "image" stands unless the user asks for them, and why.
@@ -388,8 +390,10 @@ def _speed(budget: dict[str, Any]) -> str:
     return "–" if speed is None else f"{speed:.1f}"
 
 
-def draw_accuracy(results: dict[str, Any]) -> Figure:
+def draw_accuracy(results: dict[str, Any]) -> "Figure":
     """The accuracies by number of tokens, with the throughput at each."""
+    from matplotlib.figure import Figure
+
     budgets = sorted(results["budgets"], key=lambda budget: budget["num_patches"])
     tokens = [budget["num_patches"] for budget in budgets]
     figure = Figure(figsize=(7, 5), layout="constrained")

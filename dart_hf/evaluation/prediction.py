@@ -1,17 +1,13 @@
-"""Classify image files with a model, and draw where it looks."""
+"""Classify image files with a model."""
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-
-from dart_hf.hub.loading import load_model
-from dart_hf.visualization import checked_picture_path, draw_regions, save_figure
 
 
 @dataclass(frozen=True)
@@ -77,42 +73,3 @@ def predict(
 def _batches(images: Sequence[str | os.PathLike], size: int) -> Iterator[list[str | os.PathLike]]:
     for start in range(0, len(images), size):
         yield list(images[start : start + size])
-
-
-def visualize(
-    image: str | os.PathLike,
-    source: str | os.PathLike,
-    output: str | os.PathLike,
-    num_patches: int | None = None,
-    with_scores: bool = False,
-) -> Path:
-    """Draw the regions of a model's tokens over an image file.
-
-    Args:
-        image: The file.
-        source: The model, as for [`load_model`]. It needs no classifier.
-        output: Picture to write, in the format that its name ends in.
-        num_patches: Token budget; the model's own without it.
-        with_scores: Whether to draw the density beside the image.
-
-    Returns:
-        `output` as a path.
-
-    Raises:
-        ValueError: An argument is out of range, the image is no image, or the format is unknown.
-        OSError: A file is missing or unreadable.
-    """
-    output = checked_picture_path(output)
-    model, processor = load_model(source, needs_classifier=False)
-    pixel_values = processor(image, return_tensors="pt").pixel_values
-    with torch.inference_mode():
-        outputs = model(pixel_values.to(model.device), num_patches=num_patches, output_regions=True)
-    figure = draw_regions(
-        pixel_values,
-        outputs.regions,
-        titles=[Path(image).name],
-        with_scores=with_scores,
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
-    )
-    return save_figure(figure, output)

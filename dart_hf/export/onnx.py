@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import skimage.data
 import torch
 from PIL import Image
 from torch import nn
@@ -22,7 +20,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from dart_hf.data.digits_on_photos import PHOTOGRAPHS
 from dart_hf.export.onnx_scan import replace_scans, scans_as_nodes
 from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_model
@@ -155,19 +152,23 @@ def _image_size(processor: BaseImageProcessor, image_size: int) -> tuple[int, in
 
 
 def _test_batches(input_shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    """Photographs and noise, standardised, in batches of one, of the example's size and of others."""
-    photographs = torch.stack([_photograph(name, input_shape) for name in PHOTOGRAPHS[:5]])
-    noise = torch.randn(EXAMPLE_BATCH + 1, *input_shape, generator=torch.Generator().manual_seed(0))
-    return [photographs[:1], photographs[:EXAMPLE_BATCH], photographs, noise[:1], noise]
+    """Smooth images and noise, of mean 0 and variance 1, in batches of one, of the example's size and of others."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = _smooth_images(5, input_shape, generator)
+    noise = torch.randn(EXAMPLE_BATCH + 1, *input_shape, generator=generator)
+    return [smooth[:1], smooth[:EXAMPLE_BATCH], smooth, noise[:1], noise]
 
 
-def _photograph(name: str, input_shape: tuple[int, int, int]) -> torch.Tensor:
-    """A photograph as (C, H, W), of mean 0 and standard deviation 1; grey unless C is 3."""
+def _smooth_images(count: int, input_shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+    """Random images (count, C, H, W) that vary as photographs do: as much at every scale, and alike in all channels."""
     num_channels, *size = input_shape
-    picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB" if num_channels == 3 else "L")
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).view(picture.height, picture.width, -1)
-    pixels = interpolate(pixels.permute(2, 0, 1)[None], size, mode="bilinear", antialias=True)[0]
-    return ((pixels - pixels.mean()) / pixels.std()).expand(num_channels, -1, -1)
+    images = torch.zeros(count, num_channels, *size)
+    for cells in (2, 4, 8, 16, 32, 64):
+        grey = torch.randn(count, 1, cells, cells, generator=generator)
+        colour = torch.randn(count, num_channels, cells, cells, generator=generator)
+        images += interpolate(grey + 0.3 * colour, size, mode="bicubic", antialias=True)
+    mean, deviation = images.mean(dim=(1, 2, 3), keepdim=True), images.std(dim=(1, 2, 3), keepdim=True)
+    return (images - mean) / deviation
 
 
 def _largest_deviation(
