@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from dart_hf import DartConfig, DartRmtConfig, DartVimConfig
-from dart_hf.modeling.configuration_dart import RegionConfig
+from dart_hf.modeling.configuration_dart import DartConfig, DartRmtConfig, DartVimConfig, RegionConfig
 
 # "tiny", "small" and "base" are DART with a ViT; the others say which encoder they have.
 PRESETS: dict[str, tuple[type[RegionConfig], str]] = {

@@ -1,0 +1,14 @@
+"""What is installed: every package of the repository."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_package_is_installed():
+    """A folder that is missing from pyproject.toml works in an editable installation and is absent from the wheel."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "dart_hf").rglob("*.py")}
+    expected = {".".join(folder.parts) for folder in folders} | {"dart_hf.modeling", "dart_hf.conversion"}
+    assert sorted(settings["packages"]) == sorted(expected)
