@@ -25,6 +25,7 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
+    load_image,
 )
 
 # A strip of 2×5,000 pixels would become 512×1,280,000 before its central 448 are cropped. What lies outside this many
@@ -183,6 +184,23 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         shown = path if len(path) <= 100 else f"{path[:100]}…"
         raise OSError(f"Cannot read {shown!r} as an image: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The pixels that a model gets of a PIL image, whichever way it comes: turned as EXIF says, then RGB.
+
+    transformers' pipelines do this before any image processor sees the image.
+
+    Raises:
+        ValueError: The image has 16 or 32 bits a channel (modes I;16, I, F), which RGB would clip.
+        OSError: The file of the image is damaged.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"It has mode {image.mode!r}, 16 or 32 bits a pixel; save it with 8 bits a channel, or give the image "
+            "processor its pixels as an array."
+        )
+    return load_image(image)
 
 
 def _content(path: str) -> str | io.BytesIO:

@@ -1,57 +1,63 @@
-"""Rows -> batches for a model.
+"""Collator: rows of a data set -> a batch for a model.
 
-Rows hold undecoded images, so that a damaged one is met, named and, by choice, skipped here.
+The rows hold undecoded images, so that an unreadable one is found, named and, if the user wants that, skipped here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Integral
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import datasets
 import PIL.Image
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
-from dart_hf.data.augmentation import AUGMENTATION_SEED, combined_seed, seeded
+from dart_hf.data.seeded_rows import AUGMENTATION_SEED, combined_seed, seeded
+from dart_hf.modeling.image_processing_dart import upright_rgb
 
 logger = logging.get_logger(__name__)
 
 # The label of an image that could not be read: PyTorch's cross entropy and the metrics leave it out.
 IGNORED_LABEL = -100
-# What a damaged image file makes PIL raise.
+# What PIL raises for a damaged image file, and the image processor for one that it refuses.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
 NUM_COUNTERS = 64
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 class ImageClassificationCollator:
     """Turns rows with an image and a label into `pixel_values` (B, C, H, W) and `labels`.
 
-    Give it to `Trainer` as `data_collator`, with `remove_unused_columns=False` so that the images reach it. Rows of
-    [`SeededRows`] and [`SeededStream`] are augmented, others are prepared for evaluation.
+    Give it to `Trainer` as `data_collator`, with `remove_unused_columns=False` so that the images reach it. It augments
+    the rows of [`SeededRows`] and [`SeededStream`], and prepares all others as for evaluation.
 
     Args:
-        image_processor: Prepares the images, all of a batch at once.
-        num_labels: How many classes the model tells apart; labels must be 0 to `num_labels - 1`.
+        image_processor: Prepares the images of a batch together.
+        num_labels: Number of classes of the model; labels must be 0 to `num_labels - 1`. In a regression, number of
+            values for an image.
         image_column: The column of the images, decoded or not.
         label_column: The column of the labels; None for batches without labels.
-        transform: Augments a training image: PIL image -> (C, H, W). Without it training images are prepared like
-            others.
+        transform: Augments a training image: PIL image -> (C, H, W). Without it, training images are prepared as for
+            evaluation.
         mix: Mixes a training batch: `pixel_values`, `labels` (B,) -> `pixel_values`, targets (B, num_labels).
-        skip_unreadable: What to do with an image that cannot be read: leave it out of a training batch, and label it
-            -100, which losses and metrics ignore, in any other and where it is alone; or raise. `num_skipped` counts
-            them.
+        skip_unreadable: Whether to skip an image that cannot be read instead of raising an error. A training batch is
+            then smaller. In an evaluation batch, and in a training batch without any readable image, the image stays
+            with a label that says so, see below. `num_skipped` counts the skipped images.
+        problem_type: "single_label_classification" (a label is an integer), "multi_label_classification" (a list of
+            integers) or "regression" (a number or a list of numbers), as in transformers' configurations.
 
     Returns (as a callable):
-        `pixel_values`; `labels` (B,) of int64, or (B, num_labels) of float32 where they are mixed.
+        `pixel_values` and `labels`. The labels are, by problem type: (B,) of int64, or (B, num_labels) of float32 if
+        they are mixed; (B, num_labels) of float32, 0 or 1; (B,) or (B, num_labels) of float32. The labels of an image
+        that could not be read are -100, in a regression NaN; [`is_labelled`] finds the others.
 
     Raises:
-        ValueError: A row lacks a column, or its label is not an integer in range. Checked here because a model on an
+        ValueError: A row has no such column, its label is no label of the problem type or out of range, or `mix` is
+            given for another problem type than the first. The labels are checked here, because a model on an
             accelerator would have to wait for the device, or crash in its loss.
-        OSError: An image cannot be read, and none is to be skipped.
+        OSError: An image cannot be read and `skip_unreadable` is false.
     """
 
     def __init__(
@@ -63,7 +69,14 @@ class ImageClassificationCollator:
         transform: Callable[[PIL.Image.Image], torch.Tensor] | None = None,
         mix: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
         skip_unreadable: bool = False,
+        problem_type: str = "single_label_classification",
     ) -> None:
+        if problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}.")
+        if mix is not None and problem_type != "single_label_classification":
+            raise ValueError(
+                f"mixup, cutmix and label smoothing need one class for each image; the labels are for {problem_type}."
+            )
         self.image_processor = image_processor
         self.num_labels = num_labels
         self.image_column = image_column
@@ -71,12 +84,13 @@ class ImageClassificationCollator:
         self.transform = transform
         self.mix = mix
         self.skip_unreadable = skip_unreadable
-        # One counter for each worker process, in memory that they share.
+        self.problem_type = problem_type
+        # One counter for each worker process, in shared memory.
         self._skipped = torch.zeros(NUM_COUNTERS, dtype=torch.int64).share_memory_()
 
     @property
     def num_skipped(self) -> int:
-        """How many unreadable images were skipped so far, counted each time."""
+        """How many unreadable images were skipped so far; an image counts each time."""
         return int(self._skipped.sum())
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -87,7 +101,7 @@ class ImageClassificationCollator:
             return self._evaluation_batch(images, labels)
         readable = [image is not None for image in images]
         if not any(readable):
-            # Of the same form, and without weight in the loss.
+            # A batch of the same shape that has no weight in the loss.
             batch = self._evaluation_batch(images, labels)
             if self.mix is not None:
                 batch["labels"] = torch.full((len(labels), self.num_labels), float(IGNORED_LABEL))
@@ -98,15 +112,18 @@ class ImageClassificationCollator:
         )
         return self._training_batch(images, labels, seeds)
 
-    def _evaluation_batch(self, images: list[Any], labels: list[int]) -> dict[str, torch.Tensor]:
-        labels = [IGNORED_LABEL if image is None else label for image, label in zip(images, labels, strict=True)]
+    def _evaluation_batch(self, images: list[Any], labels: list[Any]) -> dict[str, torch.Tensor]:
+        unreadable = [row for row, image in enumerate(images) if image is None]
         images = [PIL.Image.new("RGB", (32, 32)) if image is None else image for image in images]
         batch = {"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"]}
-        return batch if self.label_column is None else {**batch, "labels": torch.tensor(labels)}
+        if self.label_column is not None:
+            batch["labels"] = self._targets(labels)
+            batch["labels"][unreadable] = math.nan if self.problem_type == "regression" else IGNORED_LABEL
+        return batch
 
-    def _training_batch(self, images: list[Any], labels: list[int], seeds: list[int]) -> dict[str, torch.Tensor]:
+    def _training_batch(self, images: list[Any], labels: list[Any], seeds: list[int]) -> dict[str, torch.Tensor]:
         batch = self._evaluation_batch(images, labels) if self.transform is None else self._augmented(images, seeds)
-        targets = torch.tensor(labels)
+        targets = self._targets(labels)
         if self.mix is not None:
             with seeded(combined_seed(*seeds)):
                 batch["pixel_values"], targets = self.mix(batch["pixel_values"], targets)
@@ -120,16 +137,28 @@ class ImageClassificationCollator:
                 augmented.append(self.transform(image))
         return {"pixel_values": torch.stack(augmented)}
 
+    def _targets(self, labels: list[Any]) -> torch.Tensor:
+        """Labels as [`_label`] gives them -> the tensor for the loss."""
+        if self.problem_type == "single_label_classification":
+            return torch.tensor(labels)
+        if self.problem_type == "regression":
+            return torch.tensor(labels, dtype=torch.float32)
+        targets = torch.zeros(len(labels), self.num_labels)
+        for row, classes in enumerate(labels):
+            targets[row, classes] = 1
+        return targets
+
     def _image(self, row: Mapping[str, Any]) -> Any:
-        """The image decoded, or None if it cannot be and is to be skipped."""
+        """The image, a PIL image in RGB or an array; None if it cannot be read and is to be skipped."""
         image = self._column(row, self.image_column)
-        if not isinstance(image, Mapping):
+        if not isinstance(image, (Mapping, PIL.Image.Image)):
             return image
+        undecoded = isinstance(image, Mapping)
+        name = image.get("path") if undecoded else getattr(image, "filename", None)
         try:
-            return datasets.Image().decode_example(image)
+            return upright_rgb(datasets.Image().decode_example(image) if undecoded else image)
         except DECODING_ERRORS as error:
-            name = repr(image["path"]) if image.get("path") else "that has no file name"
-            message = f"The image {name} cannot be read: {_first_line(error)}"
+            message = f"The image {repr(name) if name else 'that has no file name'} cannot be read: {_reason(error)}"
             if not self.skip_unreadable:
                 raise OSError(f"{message}; skip_unreadable=True (--skip-unreadable) leaves it out.") from error
         logger.warning(f"{message}; it is skipped.")
@@ -137,10 +166,24 @@ class ImageClassificationCollator:
         self._skipped[0 if worker is None else 1 + worker.id % (NUM_COUNTERS - 1)] += 1
         return None
 
-    def _label(self, row: Mapping[str, Any]) -> int:
+    def _label(self, row: Mapping[str, Any]) -> Any:
+        """A class, a list of classes, a number or a list of numbers, by problem type."""
         if self.label_column is None:
             return IGNORED_LABEL
         label = self._column(row, self.label_column)
+        if self.problem_type == "single_label_classification":
+            return self._class(label)
+        if self.problem_type == "multi_label_classification":
+            if not isinstance(label, (list, tuple)):
+                raise ValueError(f"A label must be a list of classes, got {label!r} in column {self.label_column!r}.")
+            return [self._class(each) for each in label]
+        values = label if isinstance(label, (list, tuple)) else [label]
+        if len(values) != self.num_labels or not all(isinstance(each, Real) and math.isfinite(each) for each in values):
+            expected = "one finite number" if self.num_labels == 1 else f"{self.num_labels} finite numbers"
+            raise ValueError(f"A label must be {expected}, got {label!r} in column {self.label_column!r}.")
+        return label
+
+    def _class(self, label: Any) -> int:
         if isinstance(label, bool) or not isinstance(label, Integral):
             raise ValueError(f"A label must be an integer, got {label!r} in column {self.label_column!r}.")
         if not 0 <= label < self.num_labels:
@@ -157,55 +200,17 @@ class ImageClassificationCollator:
         return row[name]
 
 
-@contextmanager
-def without_worker_traceback() -> Iterator[None]:
-    """Raise what a `DataLoader`'s worker process raised as if it had happened here, in its own one sentence."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = str(error)
-        if not message.startswith("Caught ") or " in DataLoader worker process " not in message:
-            raise
-        raise type(error)(message.strip().splitlines()[-1].partition(": ")[2]) from error
-
-
-def image_batches(
-    data: datasets.Dataset,
-    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a data set in its order.
+def is_labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Which images of a batch, (B,), have a label: all but those that [`ImageClassificationCollator`] could not read.
 
     Args:
-        data: The rows.
-        collate: Rows -> a batch.
-        batch_size: Rows at a time; the last batch can be smaller.
-        workers: Processes that make batches besides this one.
-        progress: Whether to show a progress bar on a terminal.
-
-    Raises:
-        ValueError, OSError: What `collate` raises, from a worker too in its own words.
+        labels: (B,) or (B, K), as the collator makes them for any problem type.
     """
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate, num_workers=workers)
-    with (
-        without_worker_traceback(),
-        tqdm(total=len(data), unit="image", leave=False, disable=None if progress else True) as bar,
-    ):
-        for batch in loader:
-            yield batch
-            bar.update(len(batch["pixel_values"]))
+    rows = labels.reshape(len(labels), -1)
+    if labels.is_floating_point() and labels.ndim == 1:
+        return ~labels.isnan()
+    return ~((rows == IGNORED_LABEL).all(dim=1) | rows.isnan().any(dim=1))
 
 
-def evenly_spread(data: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """At most `limit` rows, evenly spread: data sets often have one class after the other."""
-    if limit is None or limit >= len(data):
-        return data
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}.")
-    return data.select([number * len(data) // limit for number in range(limit)])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].removesuffix(".") or type(error).__name__

@@ -34,12 +34,16 @@ class ImageData:
             `label_names`); None where there is no such split.
         label_names: The classes.
         evaluation_split: What `evaluation` is called in the source; None where it was held out of `train`.
+        problem_type: transformers' name of the task: "single_label_classification", "multi_label_classification"
+            (`label` is a list of indices) or "regression" (`label` is a number or a list of numbers; `label_names` are
+            transformers' placeholders).
     """
 
     train: Split | None
     evaluation: Split | None
     label_names: list[str]
     evaluation_split: str | None
+    problem_type: str = "single_label_classification"
 
 
 def load_image_data(

@@ -14,7 +14,8 @@ import datasets
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator, evenly_spread, image_batches
+from dart_hf.data.batches import evenly_spread, image_batches
+from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator
 from dart_hf.data.labels import class_names, match_labels
 from dart_hf.data.sources import load_image_data
 from dart_hf.environment import command_line, machine

@@ -12,8 +12,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dart_hf.data.augmentation import EpochCallback, MixImages, SeededRows, SeededStream, training_transform
+from dart_hf.data.augmentation import EpochCallback
+from dart_hf.data.batch_mixing import MixImages
 from dart_hf.data.collator import ImageClassificationCollator
+from dart_hf.data.image_augmentation import training_transform
+from dart_hf.data.seeded_rows import SeededRows, SeededStream
 from dart_hf.data.sources import Split
 from dart_hf.evaluation.metrics import classification_accuracy
 from dart_hf.training.checkpoints import CompleteCheckpointCallback, RandomStateCallback

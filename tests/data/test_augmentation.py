@@ -11,15 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dart_hf import DartImageProcessor
-from dart_hf.data.augmentation import (
-    MixImages,
-    SeededRows,
-    SeededStream,
-    as_rgb,
-    seeded,
-    training_transform,
-)
+from dart_hf.data.batch_mixing import MixImages
 from dart_hf.data.collator import ImageClassificationCollator
+from dart_hf.data.image_augmentation import training_transform
+from dart_hf.data.seeded_rows import SeededRows, SeededStream, seeded
 
 SIDE = 32
 RANDAUGMENT = "rand-m9-mstd0.5-inc1"
@@ -161,17 +156,6 @@ def test_each_augmentation_changes_the_image_as_the_number_says(processor, setti
     assert any(not torch.allclose(result, plain, atol=0.1) for result in changed)
     assert any(not torch.equal(result, changed[0]) for result in changed[1:])
     assert torch.equal(augmented(2), changed[2])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
-def test_every_kind_of_image_becomes_rgb_as_in_evaluation(processor, mode):
-    image = (
-        Image.fromarray(np.full((SIDE, SIDE), 30_000, dtype=np.uint16)) if mode == "I;16" else picture(1).convert(mode)
-    )
-    rgb = as_rgb(image)
-    assert rgb.mode == "RGB"
-    expected = processor(image, return_tensors="pt").pixel_values
-    torch.testing.assert_close(processor(rgb, return_tensors="pt").pixel_values, expected, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize(

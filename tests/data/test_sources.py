@@ -13,8 +13,10 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from dart_hf import DartImageProcessor
-from dart_hf.data.augmentation import MixImages, SeededRows
-from dart_hf.data.collator import ImageClassificationCollator, evenly_spread, without_worker_traceback
+from dart_hf.data.batch_mixing import MixImages
+from dart_hf.data.batches import evenly_spread, without_worker_traceback
+from dart_hf.data.collator import ImageClassificationCollator
+from dart_hf.data.seeded_rows import SeededRows
 from dart_hf.data.sources import load_image_data
 
 
