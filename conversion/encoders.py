@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from dart_hf.conversion.tensors import TIMM_VIT_NAMES, NameTable, Tensors, check_tensors
-from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartRmtConfig, DartVimConfig, RegionConfig
+from dart_hf.modeling.configuration_dart_rmt import DartRmtConfig
+from dart_hf.modeling.configuration_dart_vim import DartVimConfig
+from dart_hf.modeling.configuration_region import TORCHVISION_TRUNKS, RegionConfig
 from dart_hf.modeling.modeling_dart import DartForImageClassification
 from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 from dart_hf.modeling.modeling_dart_rmt import DartRmtForImageClassification, decay_rates, rotation_frequencies

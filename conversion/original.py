@@ -27,9 +27,9 @@ from dart_hf.conversion.encoders import ENCODERS, Encoder, Reading, recognise_en
 from dart_hf.conversion.tensors import Tensors, renamed_tensors
 from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub_errors import hub_reason
-from dart_hf.modeling.configuration_dart import RegionConfig
+from dart_hf.modeling.configuration_region import RegionConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
-from dart_hf.modeling.region_scorer import ScoreStatistics
+from dart_hf.modeling.score_statistics import ScoreStatistics
 
 HUB_REPOSITORY = "yinkx3/DART"
 

@@ -5,7 +5,9 @@ Importing this package registers the models with transformers' Auto classes; not
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from dart_hf.modeling.configuration_dart import DartConfig, DartRmtConfig, DartVimConfig
+from dart_hf.modeling.configuration_dart import DartConfig
+from dart_hf.modeling.configuration_dart_rmt import DartRmtConfig
+from dart_hf.modeling.configuration_dart_vim import DartVimConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification, DartModel, DartPreTrainedModel
 from dart_hf.modeling.modeling_dart_rmt import DartRmtForImageClassification, DartRmtModel, DartRmtPreTrainedModel

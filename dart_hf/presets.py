@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from dart_hf.modeling.configuration_dart import DartConfig, DartRmtConfig, DartVimConfig, RegionConfig
+from dart_hf.modeling.configuration_dart import DartConfig
+from dart_hf.modeling.configuration_dart_rmt import DartRmtConfig
+from dart_hf.modeling.configuration_dart_vim import DartVimConfig
+from dart_hf.modeling.configuration_region import RegionConfig
 
 # "tiny", "small" and "base" are DART with a ViT; the others say which encoder they have.
 PRESETS: dict[str, tuple[type[RegionConfig], str]] = {

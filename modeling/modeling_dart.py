@@ -26,13 +26,7 @@ from .modeling_dart_base import (
     drop_path_rates,
     eager_attention_forward,
 )
-
-# Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
-from .region_partition import Regions  # noqa: F401
-from .region_sampling import sample_regions  # noqa: F401
-from .region_scorer import RegionScorer  # noqa: F401
 from .region_tokenizer import RegionTokenizer
-from .scorer_trunk import build_trunk  # noqa: F401
 
 
 @dataclass

@@ -14,10 +14,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_dart import RegionConfig
+from .configuration_region import RegionConfig
 from .region_partition import Regions
-from .region_scorer import DEAD_SCORER, RegionScorer, ScoreStatistics
+from .region_scorer import DEAD_SCORER, RegionScorer
 from .region_tokenizer import RegionTokenizer
+from .score_statistics import ScoreStatistics
 
 
 @dataclass

@@ -19,7 +19,8 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_dart import DartRmtConfig
+from .configuration_dart_rmt import DartRmtConfig
+from .image_rebuilder import ImageRebuilder
 from .modeling_dart_base import (
     DartModelOutput,
     ImageClassifierMixin,
@@ -27,13 +28,7 @@ from .modeling_dart_base import (
     drop_path_rates,
     eager_attention_forward,
 )
-
-# Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
-from .region_partition import Regions  # noqa: F401
-from .region_sampling import sample_regions  # noqa: F401
-from .region_scorer import RegionScorer  # noqa: F401
-from .region_tokenizer import ImageRebuilder, channels_last
-from .scorer_trunk import build_trunk  # noqa: F401
+from .region_tokenizer import channels_last
 
 
 class RelativePositions(NamedTuple):

@@ -15,15 +15,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_dart import DartVimConfig
+from .configuration_dart_vim import DartVimConfig
 from .modeling_dart_base import DartModelOutput, ImageClassifierMixin, RegionPreTrainedModel, drop_path_rates
-
-# Unused here: older transformers (5.9 is one) load remote code with only the files that the model file itself imports.
-from .region_partition import Regions  # noqa: F401
-from .region_sampling import sample_regions  # noqa: F401
-from .region_scorer import RegionScorer  # noqa: F401
 from .region_tokenizer import RegionTokenizer
-from .scorer_trunk import build_trunk  # noqa: F401
 from .selective_scan import selective_scan
 
 # The log1p in softplus reads one of its constants for -0 alone. Until somebody does, the constant's page may be missing

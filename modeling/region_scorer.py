@@ -1,26 +1,21 @@
 """Scorer: pixel values -> scores. A convolutional trunk, a head, and a standardisation."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
-import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import distributed, nn
+from torch import nn
 from torch.nn.functional import gelu, interpolate
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_dart import RegionConfig
-from .scorer_trunk import TORCHVISION_LAYERS, TimmTrunk, build_trunk, run_frozen
+from .configuration_region import RegionConfig
+from .score_statistics import ScoreStatistics
+from .scorer_trunk import build_trunk, run_frozen
+from .scorer_weights import download_trunk_weights, read_state_dict, select_trunk_weights
 
 logger = logging.get_logger(__name__)
 
-STANDARDIZATION_EPSILON = 1e-8
-STATISTICS_MOMENTUM = 0.1
 HEAD_HIDDEN_SIZE = 96
 
 
@@ -126,10 +121,10 @@ class RegionScorer(nn.Module):
         if name == "conv":
             raise ValueError("scorer='conv' has no pretrained weights: it is trained with the model.")
         if source is not None:
-            weights = self._select_trunk_weights(_read_state_dict(Path(source)), str(source))
+            weights = select_trunk_weights(read_state_dict(Path(source)), name, self.trunk.state_dict(), str(source))
         else:
             try:
-                weights = self._download_trunk_weights()
+                weights = download_trunk_weights(self.config, self.trunk.state_dict())
             except OSError as error:
                 raise OSError(
                     f"The ImageNet weights of scorer={name!r} could not be downloaded ({error}); give a local file: "
@@ -137,13 +132,6 @@ class RegionScorer(nn.Module):
                 ) from error
         self.trunk.load_state_dict(weights)
         self.trunk_loaded.fill_(1)
-
-    def _download_trunk_weights(self) -> dict[str, torch.Tensor]:
-        name = self.config.scorer
-        if name.startswith("timm/"):
-            return TimmTrunk(self.config, pretrained=True).state_dict()
-        library = torchvision.models.get_model_weights(name).DEFAULT
-        return self._select_trunk_weights(library.get_state_dict(progress=True, check_hash=True), str(library))
 
     def initialize_trunk(self) -> None:
         """Leave a trunk as its own library makes it, or make it so where it was built without memory."""
@@ -174,24 +162,6 @@ class RegionScorer(nn.Module):
         if missing:
             # Whatever the checkpoint says of the trunk that it was saved from: this one lacks weights.
             self.trunk_loaded.zero_()
-
-    def _select_trunk_weights(self, state_dict: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-        """The trunk's tensors out of a whole model's state dict."""
-        part = TORCHVISION_LAYERS[self.config.scorer][0] if self.config.scorer in TORCHVISION_LAYERS else "model"
-        # timm's feature extractors join module names with "_" where the whole model has ".".
-        given = {key.removeprefix(f"{part}.").replace(".", "_"): value for key, value in state_dict.items()}
-        selected = {}
-        for key, expected in self.trunk.state_dict().items():
-            value = given.get(key.removeprefix("model.").replace(".", "_"))
-            if value is None:
-                raise ValueError(f"{source} has no tensor {key!r} for scorer={self.config.scorer!r}.")
-            if value.shape != expected.shape:
-                raise ValueError(
-                    f"{source} has tensor {key!r} in shape {tuple(value.shape)}; scorer={self.config.scorer!r} needs "
-                    f"{tuple(expected.shape)}."
-                )
-            selected[key] = value
-        return selected
 
     def _warn_of_dead_trunk(self) -> None:
         # Once per model: reading the flag waits for the device.
@@ -254,144 +224,3 @@ def zero_unless_finite(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """(B, C, H, W) with zeros for an image that is not finite throughout; and which ones are, (B, 1, 1, 1)."""
     finite = tensor.detach().sum(dim=(1, 2, 3), dtype=torch.float32, keepdim=True).isfinite()
     return torch.where(finite, tensor, 0), finite
-
-
-class ScoreStatistics(nn.Module):
-    """Standardises logits by the mean and standard deviation of the batch, of all batches so far, or of each image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(()))
-        self.register_buffer("running_var", torch.ones(()))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self._batch_checked = False
-        self._running_checked = False
-
-    def forward(self, logits: torch.Tensor, normalization: str) -> torch.Tensor:
-        """Standardise.
-
-        Args:
-            logits: (B, G, G).
-            normalization: `"running"`, `"image"` or `"batch"` (see [`RegionConfig`]).
-
-        Returns:
-            (B, G, G); zero for an image whose logits are constant, infinite or NaN. Such an image enters no statistics.
-        """
-        # Squares beyond this bound overflow when they are summed. A NaN fails every comparison.
-        bound = torch.finfo(logits.dtype).max ** 0.25
-        lowest, highest = logits.detach().amin(dim=(1, 2)), logits.detach().amax(dim=(1, 2))
-        usable = ((lowest < highest) & (lowest > -bound) & (highest < bound))[:, None, None]
-        logits = torch.where(usable, logits, 0)
-
-        if normalization == "image":
-            mean, variance = image_moments(logits)
-        elif self.training:
-            mean, variance, count = batch_moments(logits, usable, _sum_over_processes)
-            self._track(mean.detach(), variance.detach(), count > 0)
-        elif normalization == "batch":
-            self._warn_of_neighbours(logits.shape[0])
-            mean, variance, _ = batch_moments(logits, usable)
-        else:
-            self._warn_of_missing_statistics()
-            mean, variance = self._running_moments(logits)
-        # The smallest normal number keeps the root's gradient finite.
-        deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
-        return torch.where(usable, (logits - mean) / (deviation + STANDARDIZATION_EPSILON), 0)
-
-    def _track(self, mean: torch.Tensor, variance: torch.Tensor, any_usable: torch.Tensor) -> None:
-        # The first batch replaces the initial values, which describe nothing.
-        momentum = torch.where(self.num_batches_tracked > 0, STATISTICS_MOMENTUM, 1.0) * any_usable
-        momentum = momentum.view(()).to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean.view(()).to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(variance.view(()).to(self.running_var.dtype), momentum)
-        self.num_batches_tracked.add_(any_usable.view(()))
-
-    def _running_moments(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tracked = self.num_batches_tracked > 0
-        mean, variance = image_moments(logits)
-        mean = torch.where(tracked, self.running_mean.to(mean.dtype), mean)
-        return mean, torch.where(tracked, self.running_var.to(variance.dtype), variance)
-
-    def _warn_of_neighbours(self, batch_size: int) -> None:
-        if not torch.compiler.is_compiling() and batch_size > 1 and not self._batch_checked:
-            self._batch_checked = True
-            logger.warning(
-                "score_normalization='batch' (the published rule) makes an image's prediction depend on the other "
-                "images of its batch; set model.config.score_normalization to 'image', or fine-tune with 'running'."
-            )
-
-    def _warn_of_missing_statistics(self) -> None:
-        # Once per model: reading the counter waits for the device. A compiled model would be compiled again after it.
-        if torch.compiler.is_compiling() or self._running_checked or self.num_batches_tracked.is_meta:
-            return
-        self._running_checked = True
-        if self.num_batches_tracked.item() == 0:
-            logger.warning(
-                "score_normalization='running' has no statistics before the first training step: each image's own are "
-                "used."
-            )
-
-
-def image_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance of each image: (B, G, G) -> (B, 1, 1), (B, 1, 1)."""
-    mean = logits.mean(dim=(1, 2), keepdim=True)
-    squares = (logits - mean).square().sum(dim=(1, 2), keepdim=True)
-    return mean, squares / max(logits[0].numel() - 1, 1)
-
-
-def batch_moments(
-    logits: torch.Tensor,
-    usable: torch.Tensor,
-    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and unbiased variance over the usable images' cells.
-
-    Args:
-        logits: (B, G, G), zero where not usable.
-        usable: (B, 1, 1), bool.
-        sum_over_processes: Adds up what each process has; by itself every process is alone.
-
-    Returns:
-        Mean, variance, and the number of cells that they were taken over; each (1, 1, 1).
-    """
-    count = (usable.sum() * logits[0].numel()).to(logits.dtype).view(1, 1, 1)
-    count, total = sum_over_processes(torch.stack([count, logits.sum().view(1, 1, 1)]))
-    mean = total / count.clamp(min=1)
-    squares = torch.where(usable, (logits - mean).square(), 0).sum().view(1, 1, 1)
-    return mean, sum_over_processes(squares) / (count - 1).clamp(min=1), count
-
-
-def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return _AllReduceSum.apply(tensor)
-    return tensor
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of the processes' gradients."""
-
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.clone()
-        distributed.all_reduce(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        distributed.all_reduce(gradient)
-        return gradient
-
-
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"Scorer weights {path} do not exist.")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise ValueError(f"Scorer weights {path} are damaged, or cannot be read without executing code.") from error
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"Scorer weights {path} are no state dict: a mapping of names to tensors is accepted.")
-    return dict(state_dict)

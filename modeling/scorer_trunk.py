@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from .configuration_dart import RegionConfig
+from .configuration_region import RegionConfig
 
 # (width, kernel size, stride) of each convolution of the "conv" trunk. The first takes a coarse step: a layer at half
 # resolution would cost more than the whole rest.

@@ -95,7 +95,7 @@ def test_the_scan_on_the_gpu(monkeypatch, backwards):
     expected = values_and_gradients(scan_inputs(torch.float64), backwards)
     on_gpu = [tensor.cuda() for tensor in scan_inputs(torch.float64)]
     for block in (2**16, 2**22, 2**26):
-        monkeypatch.setattr("dart_hf.modeling.selective_scan.GPU_BLOCK", block)
+        monkeypatch.setattr("dart_hf.modeling.blockwise_scan.GPU_BLOCK", block)
         torch.testing.assert_close(values_and_gradients(on_gpu, backwards), expected)
 
 

@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).parent / "helpers" / "without_dart_hf.py"
     ("model_type", "config_class", "model_class"),
     [
         ("dart", "configuration_dart.DartConfig", "modeling_dart.DartModel"),
-        ("dart_vim", "configuration_dart.DartVimConfig", "modeling_dart_vim.DartVimModel"),
-        ("dart_rmt", "configuration_dart.DartRmtConfig", "modeling_dart_rmt.DartRmtModel"),
+        ("dart_vim", "configuration_dart_vim.DartVimConfig", "modeling_dart_vim.DartVimModel"),
+        ("dart_rmt", "configuration_dart_rmt.DartRmtConfig", "modeling_dart_rmt.DartRmtModel"),
     ],
 )
 def test_a_bare_model_names_its_code(model_type, config_class, model_class, tmp_path):

@@ -29,7 +29,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTCo
 
 from dart_hf.environment import command_line, machine
 from dart_hf.hub.loading import without_warnings
-from dart_hf.modeling.region_tokenizer import ImageRebuilder
+from dart_hf.modeling.image_rebuilder import ImageRebuilder
 from dart_hf.presets import preset_config
 from dart_hf.visualization import save_figure
 

@@ -17,7 +17,8 @@ from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator
 from dart_hf.data.sources import load_image_data
 from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_model
-from dart_hf.modeling.region_scorer import RegionScorer, batch_moments
+from dart_hf.modeling.region_scorer import RegionScorer
+from dart_hf.modeling.score_statistics import batch_moments
 
 
 @dataclass

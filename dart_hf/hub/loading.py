@@ -20,7 +20,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from dart_hf.hub_errors import hub_reason
-from dart_hf.modeling.configuration_dart import RegionConfig
+from dart_hf.modeling.configuration_region import RegionConfig
 
 
 def load_config(source: str | os.PathLike) -> PreTrainedConfig:

@@ -37,7 +37,7 @@ from dart_hf.data.labels import class_names, match_labels
 from dart_hf.data.sources import ImageData, load_image_data
 from dart_hf.files import absolute_source, atomic_write, move_model_files
 from dart_hf.hub.loading import load_config, load_dart_config
-from dart_hf.modeling.configuration_dart import RegionConfig
+from dart_hf.modeling.configuration_region import RegionConfig
 from dart_hf.presets import PRESETS, preset_config
 from dart_hf.training.checkpoints import (
     MARKER,

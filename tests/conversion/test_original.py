@@ -27,7 +27,8 @@ from dart_hf import DartConfig, DartImageProcessor
 from dart_hf.cli.main import app
 from dart_hf.conversion import original
 from dart_hf.conversion.original import VARIANTS, convert_checkpoint, convert_state_dict, read_checkpoint
-from dart_hf.modeling.configuration_dart import DartRmtConfig, DartVimConfig
+from dart_hf.modeling.configuration_dart_rmt import DartRmtConfig
+from dart_hf.modeling.configuration_dart_vim import DartVimConfig
 
 SCORER = "patch_embed.spn.spn.spn."
 RMT_SCORER = "pre_image.spn.spn.spn."

@@ -35,6 +35,7 @@ from dart_hf.hub.model_card import MADE
 
 CODE = [
     "configuration_dart.py",
+    "configuration_region.py",
     "image_processing_dart.py",
     "modeling_dart.py",
     "modeling_dart_base.py",
@@ -42,7 +43,9 @@ CODE = [
     "region_sampling.py",
     "region_scorer.py",
     "region_tokenizer.py",
+    "score_statistics.py",
     "scorer_trunk.py",
+    "scorer_weights.py",
 ]
 FILES = {
     ".gitattributes",

@@ -12,8 +12,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import multiprocessing as mp
 
-from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
-from dart_hf.modeling.region_scorer import RegionScorer, ScoreStatistics, image_moments
+from dart_hf.modeling.configuration_dart import DartConfig
+from dart_hf.modeling.configuration_region import TORCHVISION_TRUNKS
+from dart_hf.modeling.region_scorer import RegionScorer
+from dart_hf.modeling.score_statistics import ScoreStatistics, image_moments
 from dart_hf.modeling.scorer_trunk import build_trunk
 
 

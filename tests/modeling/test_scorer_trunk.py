@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dart_hf.modeling import scorer_trunk
-from dart_hf.modeling.configuration_dart import TORCHVISION_TRUNKS, DartConfig
+from dart_hf.modeling.configuration_dart import DartConfig
+from dart_hf.modeling.configuration_region import TORCHVISION_TRUNKS
 from dart_hf.modeling.scorer_trunk import LARGEST_MAP, FoldingSequential, build_trunk, folded_weights, run_frozen
 
 TRUNKS = (*TORCHVISION_TRUNKS, "conv")

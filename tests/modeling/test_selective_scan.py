@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dart_hf.modeling import blockwise_scan
 from dart_hf.modeling import selective_scan as module
 from dart_hf.modeling.selective_scan import cuda_kernel, selective_scan
 
@@ -111,9 +112,9 @@ def test_the_scan_in_a_graph_is_the_loop_too(in_graph, length, backwards):
     ],
 )
 def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, backwards, batch):
-    monkeypatch.setattr(module, "CPU_BLOCK", block)
+    monkeypatch.setattr(blockwise_scan, "CPU_BLOCK", block)
     tensors = inputs(length, batch)
-    sizes = module._Sizes.choose(tensors[0], num_states=4)
+    sizes = blockwise_scan._Sizes.choose(tensors[0], num_states=4)
     assert sizes.images == min(images, batch)
     if batch >= images:
         assert sizes.segments == segments
@@ -135,17 +136,17 @@ def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, b
 )
 def test_chunks_side_by_side_keep_all_threads_busy(monkeypatch, step, chunks, backwards):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(module, "CPU_STEP", step)
+    monkeypatch.setattr(blockwise_scan, "CPU_STEP", step)
     tensors = inputs(25)
-    assert module._Sizes.choose(tensors[0], num_states=4)[2:] == (chunks, -(-25 // chunks))
+    assert blockwise_scan._Sizes.choose(tensors[0], num_states=4)[2:] == (chunks, -(-25 // chunks))
     assert_scans(tensors, backwards)
 
 
 @both_directions
 @pytest.mark.parametrize("block", [100, 200, 10**6])
 def test_the_gradient_may_have_other_threads(monkeypatch, block, backwards):
-    monkeypatch.setattr(module, "CPU_BLOCK", block)
-    monkeypatch.setattr(module, "CPU_STEP", 24)
+    monkeypatch.setattr(blockwise_scan, "CPU_BLOCK", block)
+    monkeypatch.setattr(blockwise_scan, "CPU_STEP", 24)
     tensors = inputs(25)
     expected = values_and_gradients(literal_scan, tensors, backwards)
     leaves = [tensor.requires_grad_() for tensor in tensors]
@@ -189,14 +190,14 @@ def test_the_result_can_be_changed_in_place(backwards):
 )
 def test_any_shape(length, batch, channels, states, block, step, backwards, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CPU_BLOCK", block)
-        patch.setattr(module, "CPU_STEP", step)
+        patch.setattr(blockwise_scan, "CPU_BLOCK", block)
+        patch.setattr(blockwise_scan, "CPU_STEP", step)
         assert_scans(inputs(length, batch, channels, states, seed=seed), backwards)
 
 
 @both_directions
 def test_finite_differences_agree(monkeypatch, backwards):
-    monkeypatch.setattr(module, "CPU_BLOCK", 1)
+    monkeypatch.setattr(blockwise_scan, "CPU_BLOCK", 1)
     tensors = [tensor.requires_grad_() for tensor in inputs(6, channels=2, states=2)]
     assert torch.autograd.gradcheck(lambda *given: selective_scan(*given, backwards), tensors)
 

@@ -1,0 +1,44 @@
+"""Rebuilder: pixel values -> an image put together again from the regions of a grid."""
+
+import torch
+
+from .region_partition import Regions, check_grid_budget, grid_regions
+from .region_sampling import patch_images, sample_regions
+from .region_tokenizer import RegionPartitioner, channels_last
+
+
+class ImageRebuilder(RegionPartitioner):
+    """Puts the regions of a grid together again, to an image whose content is spread about evenly."""
+
+    def forward(self, pixel_values: torch.Tensor, num_patches: int | None = None) -> tuple[torch.Tensor, Regions]:
+        """Rebuild a batch of images.
+
+        Args:
+            pixel_values: (B, C, H, W), floating point, normalised.
+            num_patches: Number R·C of the regions; `config.num_patches` without it.
+
+        Returns:
+            Images (B, C, P·R, P·C); and the regions.
+
+        Raises:
+            ValueError: See [`ImageRebuilder.check`].
+        """
+        pixel_values = channels_last(pixel_values)
+        regions = self.regions(pixel_values, num_patches)
+        return self.rebuild(pixel_values, regions), regions
+
+    def rebuild(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
+        """The regions of (B, C, H, W) side by side as they lie in the image: (B, C, P·R, P·C)."""
+        patches = patch_images(sample_regions(pixel_values, regions, self.config.patch_size), self.config.patch_size)
+        rows = regions.row_edges.shape[1] - 1
+        return patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def cut(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+        if self.config.partition == "grid":
+            return grid_regions(scores, num_patches, height, width, self.config.first_strip_edge)
+        return super().cut(scores, num_patches, height, width)
+
+    def check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
+        """As [`RegionPartitioner.check`]; whatever the partition, the budget must fill a grid."""
+        super().check(pixel_values, num_patches)
+        check_grid_budget(num_patches, *pixel_values.shape[2:])
