@@ -26,7 +26,8 @@ import typer
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
 from dart_hf import DartVimForImageClassification
-from dart_hf.benchmark.timing import Settings, interleave, memory_high_water, summary
+from dart_hf.benchmark.memory import memory_high_water
+from dart_hf.benchmark.timing import Settings, interleave, summary
 from dart_hf.environment import command_line, machine
 from dart_hf.hub.loading import without_warnings
 from dart_hf.modeling import modeling_dart_vim, selective_scan

@@ -45,7 +45,7 @@ def benchmark(
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
 ) -> None:
     """Measure speed and memory beside timm's DeiT and transformers' ViT, taking turns."""
-    from dart_hf.benchmark.timing import Settings, run_benchmark
+    from dart_hf.benchmark import Settings, run_benchmark
 
     settings = Settings(
         device=device,
@@ -61,4 +61,4 @@ def benchmark(
         memory=memory,
     )
     names = [name.strip() for name in models.split(",") if name.strip()]
-    run_benchmark(output, settings, names, say=typer.echo)
+    run_benchmark(output, settings, names, report=typer.echo)
