@@ -1,9 +1,9 @@
-"""What exporting gains on a CPU: PyTorch, the ONNX program in float32, and the one with 8-bit layers, in turns.
+"""Measure what exporting gains on a CPU. PyTorch, ONNX in float32 and ONNX with 8-bit layers run in turns.
 
     python benchmarks/export_speed.py --threads 2 --output benchmarks/results/export_speed.json
 
-The weights are random, the trunk's statistics taken from photographs: time does not depend on them, but what 8 bits do
-to the accuracy of a trained model is for its own test images to say. `--model` measures a folder instead.
+The weights are random, because time does not depend on them. The accuracy with 8-bit layers does: measure it with your
+model (`--model FOLDER`) and your test images.
 """
 
 import argparse
@@ -38,10 +38,12 @@ BATCH_SIZES = (8, 1)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", action="append", help="A model's folder, instead of the published sizes; repeatable."
+        "--model", action="append", help="Measure the model in this folder instead of the published sizes. Repeatable."
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="Of PyTorch and of ONNX Runtime.")
-    parser.add_argument("--rounds", type=int, default=8, help="How often each program has its turn of two calls.")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="Threads of PyTorch and of ONNX Runtime."
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="How many turns of two calls each program gets.")
     parser.add_argument("--output", type=Path, required=True, help="The JSON file to write.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -78,7 +80,7 @@ def _measure(folder: Path, scratch: Path, arguments: argparse.Namespace) -> dict
 
 
 def _compare(programs: dict[str, Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor) -> dict[str, Any]:
-    """How the programs' logits for crops of photographs, eight at a time and one by one, differ from PyTorch's."""
+    """Compare the programs' logits for crops of photographs with PyTorch's, in batches of eight and one by one."""
     results = {}
     expected = torch.cat([programs["PyTorch"](batch) for batch in images.split(8)])
     for name, run in programs.items():
@@ -86,7 +88,7 @@ def _compare(programs: dict[str, Callable[[torch.Tensor], torch.Tensor]], images
         results[name] = {
             "root_mean_square": _share(together - expected, expected),
             "same_top_1": float((together.argmax(1) == expected.argmax(1)).float().mean()),
-            # What the other images of a batch change.
+            # The effect of the other images of a batch.
             "alone_root_mean_square": _share(together - alone, alone),
         }
     return results
@@ -121,7 +123,7 @@ def _crops(processor: DartImageProcessor, size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _save_random(name: str, folder: Path) -> Path:
-    """A model of a published size with random weights, and a trunk whose statistics are those of photographs."""
+    """Save a model of a published size with random weights. The trunk has the BatchNorm statistics of photographs."""
     preset, num_patches = MODELS[name]
     torch.manual_seed(0)
     config = preset_config(preset, num_patches=num_patches, num_labels=1000, score_normalization="image")

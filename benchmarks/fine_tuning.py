@@ -1,7 +1,9 @@
-"""`dart-hf train` on the quickstart's digits: `python benchmarks/fine_tuning.py --output FILE`.
+"""Run `dart-hf train` on the quickstart's digits, and measure accuracy and time.
 
-Writes the pictures to a folder, runs the command on them as a user would, with the settings in `fine_tuning.yaml`, and
-measures what the saved model reads of the test pictures in a pipeline, and how long the command took altogether.
+    python benchmarks/fine_tuning.py --output FILE
+
+The pictures are written to a folder. The command trains on them with the settings in `fine_tuning.yaml`. Then a
+pipeline reads the test pictures with the saved model.
 """
 
 import json
@@ -27,16 +29,16 @@ PLACEMENTS = {"train": 20, "test": 3}
 
 def main(
     output: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    seed: Annotated[int, typer.Option(help="Of the pictures, the first weights and the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the pictures, the initial weights and the training.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
-    steps: Annotated[int | None, typer.Option(help="Training steps; those of fine_tuning.yaml without.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: those of fine_tuning.yaml.")] = None,
 ) -> None:
     """Train, test and record."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         data, model = Path(folder) / "digits", Path(folder) / "model"
         data.mkdir()
-        # As in the quickstart: training digits are larger by up to a third, which are read sooner.
+        # As in the quickstart, training digits are up to a third larger: larger digits are learned sooner.
         train = digits_on_photos("train", PLACEMENTS["train"], digit_sizes=(28, 64), seed=seed)
         test = digits_on_photos("test", PLACEMENTS["test"], seed=seed)
         train.to_parquet(data / "train.parquet")

@@ -1,6 +1,8 @@
-"""How the time of DART grows with the batch and with the resolution: `python benchmarks/scaling.py --output FILE`.
+"""Measure how the time of DART grows with the batch and with the image size.
 
-Linear growth means that the time per image, or per pixel of the image, stays about the same from one line to the next.
+    python benchmarks/scaling.py --output FILE
+
+If the time grows linearly, the time per image or per pixel is about the same in all lines.
 """
 
 import functools
@@ -25,7 +27,7 @@ def main(
     output: Annotated[Path, typer.Option(help="The JSON file to write.")],
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "tiny",
     num_patches: Annotated[int, typer.Option(help="Token budget.")] = 196,
-    rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
+    rounds: Annotated[int, typer.Option(help="How many turns each case gets.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
 ) -> None:
     """Measure batches of 448-pixel images, and batches of four images of growing size."""

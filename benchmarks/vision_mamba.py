@@ -1,12 +1,16 @@
-"""What the chunked selective scan gains over one step per token, and how DART-Vim's time and memory grow with length.
+"""Compare this library's selective scan with others, and measure how DART-Vim's time and memory grow with length.
 
     python benchmarks/vision_mamba.py --output benchmarks/results/vision_mamba.json
 
-The same model runs with each scan in turn: `chunks` is this library's; `transformers` is what transformers' Mamba falls
-back to without a kernel, all factors at once and then a loop over the tokens; `loop` is a loop that computes the
-factors as it goes; where the package mambapy is installed, `mambapy` is its parallel scan; on a GPU with mamba_ssm,
-`kernel` is its CUDA kernel. `none` leaves the scans out, which shows what the rest takes, and `compiled` is
-this library's scan in a model under torch.compile, which takes a C++ compiler.
+The same model runs with each scan in turn:
+
+- `chunks`: this library's scan;
+- `transformers`: the scan of transformers' Mamba without a kernel. It computes all factors, then loops over the tokens;
+- `loop`: a loop over the tokens that computes each token's factors when it needs them;
+- `mambapy`: mambapy's parallel scan, if that package is installed;
+- `kernel`: mamba_ssm's CUDA kernel, on a GPU with that package;
+- `none`: no scan, which shows the time of everything else;
+- `compiled`: this library's scan in a model under torch.compile. This needs a C++ compiler.
 """
 
 import functools
@@ -40,7 +44,7 @@ NUM_LABELS = 1000
 def step_by_step(
     x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
 ) -> torch.Tensor:
-    """Arguments and result as [`selective_scan.selective_scan`]'s."""
+    """Same arguments and result as [`selective_scan.selective_scan`]."""
     state = x.new_zeros(x.shape[0], *A.shape)
     steps = list(zip(*(tensor.unbind(1) for tensor in (x, delta, B, C)), strict=True))[:: -1 if backwards else 1]
     y = []
@@ -53,7 +57,7 @@ def step_by_step(
 def as_transformers_does(
     x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
 ) -> torch.Tensor:
-    """Arguments and result as [`selective_scan.selective_scan`]'s."""
+    """Same arguments and result as [`selective_scan.selective_scan`]."""
     if backwards:
         return as_transformers_does(*(tensor.flip(1) for tensor in (x, delta)), A, B.flip(1), C.flip(1)).flip(1)
     x, delta, B, C = (tensor.transpose(1, 2) for tensor in (x, delta, B, C))
@@ -63,7 +67,7 @@ def as_transformers_does(
 def as_mambapy_does(
     x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
 ) -> torch.Tensor:
-    """Arguments and result as [`selective_scan.selective_scan`]'s."""
+    """Same arguments and result as [`selective_scan.selective_scan`]."""
     from mambapy.pscan import pscan
 
     if backwards:
@@ -73,12 +77,12 @@ def as_mambapy_does(
 
 
 def no_scan(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    """Not a scan."""
+    """Return the input: the model without its scans."""
     return x
 
 
 def scans(device: str) -> dict[str, Callable]:
-    """By name, as in the description of this file."""
+    """The scans by their names at the top of this file."""
     chosen: dict[str, Callable] = {
         "chunks": selective_scan.selective_scan,
         "loop": step_by_step,
@@ -110,7 +114,7 @@ def inference(model: DartVimForImageClassification, images: torch.Tensor) -> Non
 
 
 def training(model: DartVimForImageClassification, images: torch.Tensor) -> None:
-    """Forward and backward; an optimiser would take the same time with any scan."""
+    """Forward and backward pass. The optimiser is left out: its time does not depend on the scan."""
     labels = torch.arange(len(images), device=images.device)
     model.train()(images, labels=labels).loss.backward()
     model.zero_grad()
@@ -132,7 +136,7 @@ def compare_scans(
     leave_out: Sequence[str] = (),
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Milliseconds of the model with each scan but some, and how many times ours each takes; and of ours compiled."""
+    """Milliseconds of the model with each scan except `leave_out`, and the ratio of each to ours."""
     images, model = pictures(settings.batch_size, settings.device), build(preset, 196, settings.device, layers)
     runs = {
         (name,): functools.partial(with_scan, name, scan, functools.partial(run, model, images))
@@ -195,10 +199,10 @@ def main(
     output: Annotated[Path, typer.Option(help="The JSON file to write.")],
     preset: Annotated[str, typer.Option(help="vim-tiny or vim-small.")] = "vim-tiny",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
-    rounds: Annotated[int, typer.Option(help="How often each case has its turn.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Images in one batch.")] = 8,
+    rounds: Annotated[int, typer.Option(help="How many turns each case gets.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch.")] = None,
-    lengths: Annotated[bool, typer.Option(help="Whether to measure time and memory at several lengths too.")] = True,
+    lengths: Annotated[bool, typer.Option(help="Also measure time and memory at several lengths.")] = True,
 ) -> None:
     """Measure, and write a JSON file."""
     if threads is not None:
@@ -209,7 +213,7 @@ def main(
         compared = [
             compare_scans(preset, inference, settings, compiled=True),
             compare_scans(preset, inference, replace(settings, batch_size=1)),
-            # The gradient of the one's loop is as slow as the square of the length; the other keeps 10 GiB.
+            # The gradient of transformers' loop takes time quadratic in the length, and mambapy's scan keeps 10 GiB.
             compare_scans(preset, training, replace(settings, rounds=2), leave_out=("transformers", "mambapy")),
             compare_scans(preset, training, settings, layers=2),
         ]

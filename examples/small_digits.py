@@ -1,8 +1,8 @@
 """Small digits on large photographs: does it help to put the tokens where the digit is?
 
-The quickstart's model and training, with digits of 24-40 pixels on pictures of 224 pixels and 49 tokens, for the
-learned partition ("flow") and the even one ("uniform"), several seeds each. Every finished training is written to the
-output at once, and a second run with the same settings goes on where the first one stopped.
+This trains the quickstart's model on digits of 24-40 pixels on pictures of 224 pixels, with 49 tokens. It compares
+learned regions (partition "flow") with equal ones ("uniform"), for several seeds. Each finished training is saved at
+once. Run it again with the same settings to go on after an interruption.
 
     python examples/small_digits.py --output examples/results/small_digits.json
 """
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run(seed: int, partition: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train once and measure. The test pictures are the same for all."""
+    """Train once and measure. All runs have the same test pictures."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     started = time.monotonic()
@@ -107,7 +107,7 @@ def run(seed: int, partition: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds by partition, and how many times as many regions lie on the digit under flow."""
+    """Means over the seeds for each partition, and the ratio of regions on the digit, flow to uniform."""
     means = {
         name: {
             key: mean(run[key] for run in runs if run["partition"] == name) for key in ("accuracy", "regions_on_digit")
@@ -121,7 +121,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Lines(TrainerCallback):
-    """A line now and then: two bars at a time would overwrite each other."""
+    """Print a line now and then. Two progress bars at a time would overwrite each other."""
 
     def __init__(self, name: str, every: int = 250) -> None:
         self.name = name
@@ -141,10 +141,10 @@ class Lines(TrainerCallback):
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Results so far, or new ones.
+    """Read the results so far, or begin new ones.
 
     Raises:
-        SystemExit: The file is of other settings.
+        SystemExit: The file holds results of other settings.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
