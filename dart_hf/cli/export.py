@@ -5,17 +5,16 @@ from typing import Annotated
 
 import typer
 
-from dart_hf.cli.options import NumPatches
+from dart_hf.cli.options import TAKES_OLD_ARGUMENTS, ModelOrArgument, NumPatches, resolve_model
 from dart_hf.cli.quiet import quiet_loading
 
-EXAMPLE = "dart-hf export darvit-tiny --output darvit-tiny-onnx --format onnx"
+EXAMPLE = "dart-hf export --model darvit-tiny --output darvit-tiny-onnx --format onnx"
+CONTEXT_SETTINGS = TAKES_OLD_ARGUMENTS
 
 
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="FOLDER_OR_ID", help="The model's folder, or its id on the Hugging Face Hub."),
-    ],
+    context: typer.Context,
+    model: ModelOrArgument = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -40,6 +39,7 @@ def export(
 
     The batch size is free. Image size and token budget are fixed.
     """
+    model = resolve_model(context, model, context.args, "dart-hf export")
     quiet_loading()
     from dart_hf.export.onnx import export_model
 

@@ -5,19 +5,19 @@ from typing import Annotated
 
 import typer
 
+from dart_hf.cli.options import TAKES_OLD_ARGUMENTS, ModelOrArgument, resolve_model
 from dart_hf.cli.quiet import quiet_loading
 
-EXAMPLE = "dart-hf publish flowers user/dart-flowers --license apache-2.0 --private"
+EXAMPLE = "dart-hf publish user/dart-flowers --model flowers --license apache-2.0 --private"
+CONTEXT_SETTINGS = TAKES_OLD_ARGUMENTS
 
 
 def publish(
-    folder: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="The model's folder, as train or convert wrote it. It is only read."),
-    ],
+    context: typer.Context,
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub, e.g. user/model. Created if missing.")
     ],
+    model: ModelOrArgument = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="Branch, created if missing. Default: 'main'.")
@@ -29,16 +29,25 @@ def publish(
     ] = None,
     example: Annotated[
         Path | None,
-        typer.Option(metavar="IMAGE", help="Image for the widget of the model's page. Default: FOLDER/example.png."),
+        typer.Option(
+            metavar="IMAGE",
+            help="Image for the widget of the model's page. Default: example.png in the model's folder.",
+        ),
     ] = None,
 ) -> None:
     """Publish a model on the Hugging Face Hub in one commit, then load it back and compare.
 
     Log in with 'hf auth login' first, or set HF_TOKEN. If it fails, run it again.
     """
+    old_arguments: list[str] = []
+    if context.args:
+        # Version 0.1: dart-hf publish FOLDER REPO_ID
+        *old_arguments, repo_id = repo_id, *context.args
+    model = resolve_model(context, model, old_arguments, f"dart-hf publish {repo_id}")
     quiet_loading()
     from dart_hf.hub.publishing import publish as publish_model
 
+    folder = _local_folder(model)
     done = publish_model(
         folder,
         repo_id,
@@ -62,3 +71,16 @@ def publish(
         )
     if done.license is None:
         typer.echo("The model card states no licence. Name one with --license.")
+
+
+def _local_folder(model: str) -> Path:
+    """Return a model's folder. A model on the Hub is downloaded."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    from dart_hf.hub.loading import load_dart_config
+
+    # Names what is wrong if there is no such folder or model.
+    load_dart_config(model)
+    return Path(snapshot_download(model))

@@ -123,13 +123,13 @@ class Client:
 
     def publish(self, folder: Path, *arguments: Any, token: str | None = WRITE_TOKEN) -> str:
         """What `dart-hf publish` prints if all is well."""
-        exit_code, stdout, stderr = self.call("run", "publish", folder, *arguments, token=token)
+        exit_code, stdout, stderr = self.call("run", "publish", *arguments, "--model", folder, token=token)
         assert exit_code == 0, stderr
         return stdout
 
     def mistake(self, folder: Path, *arguments: Any, token: str | None = WRITE_TOKEN) -> str:
         """The one line that `dart-hf publish` prints if not."""
-        exit_code, stdout, stderr = self.call("run", "publish", folder, *arguments, token=token)
+        exit_code, stdout, stderr = self.call("run", "publish", *arguments, "--model", folder, token=token)
         assert (exit_code, stdout) == (2, "")
         (line,) = (line for line in stderr.splitlines() if line.startswith("dart-hf: "))
         return line
@@ -293,6 +293,18 @@ def test_the_card_tells_what_is_on_record(published):
     assert card.data.license is None
     assert [(result.dataset_type, result.metric_value) for result in card.data.eval_results] == [("user/photos", 0.9)]
     assert "user/tulips" in card.text
+
+
+def test_publish_copies_a_model_of_the_hub(hub, client, published):
+    client.publish("user/tulips", "user/copy")
+    files = hub.repository("user/copy").files()
+    assert set(files) == set(published) and files["model.safetensors"] == published["model.safetensors"]
+
+
+def test_publish_takes_the_old_spelling_and_warns(client, folder, published):
+    exit_code, stdout, stderr = client.call("run", "publish", folder, "user/tulips")
+    assert (exit_code, stdout.startswith("The Hub has this model already: ")) == (0, True)
+    assert f"write: dart-hf publish user/tulips --model {folder}\n" in stderr
 
 
 def test_loads_as_it_was(client, published, folder, image):
@@ -715,7 +727,7 @@ def interrupt_publishing(hub: HubServer, client: Client, folder: Path, name: str
             over.wait(5)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    exit_code, stdout, stderr = client.call("run", "publish", folder, name)
+    exit_code, stdout, stderr = client.call("run", "publish", name, "--model", folder)
     over.set()
     assert (exit_code, stdout) == (130, "") and "Traceback" not in stderr
     return stderr
@@ -822,7 +834,10 @@ def test_what_comes_back_changed_is_an_error(hub, client, folder, monkeypatch):
 
 
 def run(*arguments: Any) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["publish", *map(str, arguments)], prog_name="dart-hf", catch_exceptions=False)
+    folder, *others = map(str, arguments)
+    result = CliRunner().invoke(
+        app, ["publish", *others, "--model", folder], prog_name="dart-hf", catch_exceptions=False
+    )
     assert result.stdout == ""
     return result.exit_code, result.stderr.splitlines()[-1]
 
