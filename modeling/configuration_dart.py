@@ -11,14 +11,15 @@ from .configuration_region import RegionTokenizerConfig
 class DartConfig(RegionTokenizerConfig):
     """Configuration of DART with a ViT (DeiT) encoder. The defaults are the published DART-DeiT-Ti.
 
-    Presets are `"tiny"` (DART-DeiT-Ti), `"small"` (DART-DeiT-S) and `"base"` (DeiT-B's encoder, small's scorer). The
-    tokenizer's settings are those of [`RegionTokenizerConfig`]; the encoder's are transformers' own names, and:
+    Presets are `"tiny"` (DART-DeiT-Ti), `"small"` (DART-DeiT-S) and `"base"` (the encoder of DeiT-B, the scorer of
+    `"small"`). The settings of the tokenizer are those of [`RegionTokenizerConfig`]. The settings of the encoder have
+    the names of [`ViTConfig`], and there are three more:
 
     Args:
-        distillation_token: Whether a distillation token (arXiv 2012.12877) stands between the class token and the
-            regions.
-        distillation_head: Whether a second classifier reads the distillation token. The model's logits are then the
-            mean of both.
+        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 in the first block.
+        distillation_token: Put a distillation token (arXiv 2012.12877) between the class token and the regions.
+        distillation_head: Add a second classifier, which reads the distillation token. The logits are then the mean of
+            both classifiers.
 
     Example:
 

@@ -11,24 +11,25 @@ from .configuration_region import RegionConfig
 class DartRmtConfig(RegionConfig):
     """Configuration of DART with a hierarchical encoder (RMT, arXiv 2309.11523). The defaults are RMT-S.
 
-    Presets are `"small"` (RMT-S) and `"L6"`, the encoder of the published DART-RMT. The regions are put together
-    again to an image of 16·R × 16·C pixels, so `num_patches` is R·C, and `partition` `"grid"` or `"uniform"`. The other
-    settings of the regions are those of [`RegionConfig`]; the encoder's, with one entry per stage:
+    Presets are `"small"` (RMT-S) and `"L6"`, the encoder of the published DART-RMT. The encoder reads an image of
+    16·R × 16·C pixels that is rebuilt from the regions. So `num_patches` is R·C, and `partition` is `"grid"` or
+    `"uniform"`. The other settings of the regions are those of [`RegionConfig`].
 
     Args:
-        hidden_sizes: Channels.
-        depths: Blocks.
-        num_attention_heads: Heads.
-        mlp_ratios: Width of a block's MLP, as a multiple of its channels.
-        decay_starts, decay_ranges: Head h of n forgets by log(1 - 2^(-start - range·h/n)) for every step of distance.
-        chunkwise: Whether the blocks attend along the rows and then along the columns, and not over all positions.
-        layer_scale: Whether the blocks scale what they add to their input.
-        layer_scale_init_value: At the start of training.
-        projection_size: Channels of the last map, of which the classifier sees the mean.
-        layer_norm_eps: Of the LayerNorms.
-        drop_path_rate: Of the last block; it grows linearly from the first.
-        first_strip_edge: Where the strip of a `"grid"` partition starts, in pixels. The published weights were trained
-            with 2, which leaves out the first two columns of the topmost band.
+        hidden_sizes: Channels of each stage.
+        depths: Number of blocks of each stage.
+        num_attention_heads: Number of heads of each stage.
+        mlp_ratios: Width of the MLPs of each stage, as a multiple of its channels.
+        decay_starts, decay_ranges: Decay of each stage. Head h of n adds log(1 - 2^(-start - range·h/n)) to the
+            attention logits for every step of distance.
+        chunkwise: For each stage: attend along the rows and then along the columns, instead of over all positions.
+        layer_scale: For each stage: scale the output of each residual branch (layer scale).
+        layer_scale_init_value: Initial value of the layer scale.
+        projection_size: Channels of the last map. The classifier reads the mean of this map.
+        layer_norm_eps: Epsilon of the LayerNorms.
+        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 in the first block.
+        first_strip_edge: Start of the strip of a `"grid"` partition, in pixels. The published weights were trained with
+            2, which leaves out the first two columns of the topmost band.
     """
 
     model_type = "dart_rmt"

@@ -12,19 +12,18 @@ from .configuration_region import RegionTokenizerConfig
 class DartVimConfig(RegionTokenizerConfig):
     """Configuration of DART with a Vision Mamba encoder (Vim, arXiv 2401.09417). The defaults are DART-Vim-Ti.
 
-    Presets are `"tiny"` (DART-Vim-Ti) and `"small"` (DART-Vim-S). The tokenizer's settings are those of
-    [`RegionTokenizerConfig`]; the encoder's are those of transformers' Mamba:
+    Presets are `"tiny"` (DART-Vim-Ti) and `"small"` (DART-Vim-S). The settings of the tokenizer are those of
+    [`RegionTokenizerConfig`]. The settings of the encoder have the names of [`MambaConfig`]:
 
     Args:
         num_hidden_layers: Number of blocks.
-        expand: How many times wider than a token the mixers' channels are.
-        state_size: Numbers that each channel remembers.
-        conv_kernel: Tokens that the convolution in front of a scan sees: the current one and those before it.
-        time_step_rank: Width of the bottleneck that the time step comes from; `None` stands for ⌈hidden_size / 16⌉,
-            which then takes its place.
-        time_step_min, time_step_max: Range of the time steps of a new model.
-        layer_norm_eps: Of the RMSNorms.
-        drop_path_rate: Of the last block; it grows linearly from the first.
+        expand: Channels of a mixer, as a multiple of `hidden_size`.
+        state_size: Size of the state of each channel.
+        conv_kernel: Number of tokens that the convolution before a scan sees: the current one and those before it.
+        time_step_rank: Width of the bottleneck before the time step. `None` is replaced by ⌈hidden_size / 16⌉.
+        time_step_min, time_step_max: Range of the initial time steps.
+        layer_norm_eps: Epsilon of the RMSNorms.
+        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 in the first block.
     """
 
     model_type = "dart_vim"

@@ -11,32 +11,32 @@ TORCHVISION_TRUNKS = ("mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_
 
 @strict
 class RegionConfig(PreTrainedConfig):
-    """How images are scored and cut into regions: the settings that every DART architecture has.
+    """Settings that every DART architecture has: how images are scored and cut into regions.
 
     Args:
         image_size: Side in pixels of the square images that the model is meant for (published checkpoints: 448). The
             model itself reads any height and width.
         patch_size: Side in pixels of a region after resampling.
         num_channels: Channels of `pixel_values`. torchvision trunks read 3.
-        num_patches: Token budget N, the class token not counted. Any call may pass another one.
-        partition: How the image is cut: `"flow"` (any N; regions follow the content along R bands), `"grid"`
-            (N = R·C; one set of columns for all rows) or `"uniform"` (equal regions, the scorer is not run).
-        score_grid_size: Side G of the score grid; also of the position table.
+        num_patches: Token budget N, without the class token. Each call may pass another one.
+        partition: How the image is cut. `"flow"`: regions follow the content along R bands; any N. `"grid"`: all rows
+            have the same columns; N = R·C. `"uniform"`: equal regions; the scorer does not run.
+        score_grid_size: Side G of the score grid and of the position table.
         scorer: Trunk of the scoring network: a torchvision name (`mobilenet_v3_small`, `mobilenet_v3_large`,
             `efficientnet_b0`, `mnasnet1_0`, `squeezenet1_1`), `timm/<name>` for any timm feature extractor, or
             `"conv"` (a few strided convolutions, trained from scratch).
-        scorer_head: `"v1"` scores each cell by a small MLP, `"v2"` sums gated channels (named as the published
-            checkpoints are).
-        scorer_frozen: Whether the trunk stays in evaluation mode and without gradient. `None` freezes every trunk
-            but `"conv"`.
-        score_normalization: What standardises an image's scores. `"running"`: batch statistics in training, running
-            statistics in evaluation. `"image"`: the image's own. `"batch"`: the batch's, in evaluation too (the
-            published rule, under which an image's tokens depend on its batch neighbours).
+        scorer_head: `"v1"` scores each cell with a small MLP. `"v2"` sums gated channels. The names are those of the
+            published checkpoints.
+        scorer_frozen: Keep the trunk in evaluation mode and without gradient. `None` freezes every trunk but `"conv"`.
+        score_normalization: The mean and deviation that standardise an image's scores. `"running"`: those of the batch
+            in training, running averages in evaluation. `"image"`: those of the image. `"batch"`: those of the batch,
+            in evaluation too. `"batch"` is the published rule; it makes an image's tokens depend on the other images
+            of its batch.
         initializer_range: Standard deviation of the truncated normal that initialises the weights.
     """
 
     keys_to_ignore_at_inference = ["regions"]
-    # Settings by the names that `preset` takes.
+    # Name of a preset -> the settings that differ from the defaults.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     image_size: int = 448
@@ -59,16 +59,20 @@ class RegionConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """The published settings by their name, one of `cls.presets`. `overrides` replace single settings.
+        """Make the configuration of a published model.
+
+        Args:
+            name: One of `cls.presets`.
+            overrides: Settings that replace those of the preset.
 
         Raises:
-            ValueError: `name` is no preset.
+            ValueError: `name` is not a preset.
         """
         if name not in cls.presets:
             raise ValueError(f"preset must be one of {', '.join(map(repr, cls.presets))}, got {name!r}.")
         return cls(**{**cls.presets[name], **overrides})
 
-    # Not `@strict` validators, whose errors are no ValueErrors.
+    # These are not `@strict` validators, because the errors of those are not ValueErrors.
 
     def _check_regions(self) -> None:
         self._check_at_least_1("image_size", "patch_size", "num_channels", "num_patches", "score_grid_size")
@@ -100,7 +104,7 @@ class RegionConfig(PreTrainedConfig):
 class RegionTokenizerConfig(RegionConfig):
     """Settings of the region tokenizer, for the architectures that read tokens.
 
-    Those of [`RegionConfig`], and:
+    It has the settings of [`RegionConfig`] and one more:
 
     Args:
         hidden_size: Width D of a token.

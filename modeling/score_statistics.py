@@ -14,7 +14,7 @@ STATISTICS_MOMENTUM = 0.1
 
 
 class ScoreStatistics(nn.Module):
-    """Standardises logits by the mean and standard deviation of the batch, of all batches so far, or of each image."""
+    """Standardises logits with the mean and standard deviation of the batch, of past batches, or of each image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,14 +25,14 @@ class ScoreStatistics(nn.Module):
         self._running_checked = False
 
     def forward(self, logits: torch.Tensor, normalization: str) -> torch.Tensor:
-        """Standardise.
+        """Standardise logits.
 
         Args:
             logits: (B, G, G).
-            normalization: `"running"`, `"image"` or `"batch"` (see [`RegionConfig`]).
+            normalization: `"running"`, `"image"` or `"batch"`; see [`RegionConfig`].
 
         Returns:
-            (B, G, G); zero for an image whose logits are constant, infinite or NaN. Such an image enters no statistics.
+            (B, G, G). An image with constant, infinite or NaN logits gets zeros and enters no statistics.
         """
         # Squares beyond this bound overflow when they are summed. A NaN fails every comparison.
         bound = torch.finfo(logits.dtype).max ** 0.25
@@ -74,7 +74,7 @@ class ScoreStatistics(nn.Module):
             self._batch_checked = True
             logger.warning(
                 "score_normalization='batch' (the published rule) makes an image's prediction depend on the other "
-                "images of its batch; set model.config.score_normalization to 'image', or fine-tune with 'running'."
+                "images of its batch. Set model.config.score_normalization to 'image', or fine-tune with 'running'."
             )
 
     def _warn_of_missing_statistics(self) -> None:
@@ -84,8 +84,8 @@ class ScoreStatistics(nn.Module):
         self._running_checked = True
         if self.num_batches_tracked.item() == 0:
             logger.warning(
-                "score_normalization='running' has no statistics before the first training step: each image's own are "
-                "used."
+                "score_normalization='running' has no statistics before the first training step. Until then each image "
+                "is standardised by its own."
             )
 
 
@@ -106,10 +106,10 @@ def batch_moments(
     Args:
         logits: (B, G, G), zero where not usable.
         usable: (B, 1, 1), bool.
-        sum_over_processes: Adds up what each process has; by itself every process is alone.
+        sum_over_processes: Sums a tensor over all processes. By default there is one process.
 
     Returns:
-        Mean, variance, and the number of cells that they were taken over; each (1, 1, 1).
+        Mean, variance, and the number of cells; each (1, 1, 1).
     """
     count = (usable.sum() * logits[0].numel()).to(logits.dtype).view(1, 1, 1)
     count, total = sum_over_processes(torch.stack([count, logits.sum().view(1, 1, 1)]))
