@@ -26,7 +26,7 @@ from dart_hf import DartImageProcessor
 from dart_hf.benchmark.timing import Settings, interleave, summary
 from dart_hf.data.digits_on_photos import PHOTOGRAPHS
 from dart_hf.environment import command_line, machine
-from dart_hf.export.onnx import export_model
+from dart_hf.export import export_model
 from dart_hf.hub.loading import load_model
 from dart_hf.presets import preset_config
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from dart_hf.export.onnx import export_model
+from dart_hf.export import export_model
 from dart_hf.modeling.modeling_dart_rmt import DartRmtStage
 from dart_hf.modeling.modeling_dart_vim import DartVimMixer
 from dart_hf.modeling.region_partition import Regions

@@ -1,5 +1,6 @@
 """`dart-hf export`."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -41,10 +42,12 @@ def export(
     """
     model = resolve_model(context, model, context.args, "dart-hf export")
     quiet_loading()
-    from dart_hf.export.onnx import export_model
+    from dart_hf.export import export_model
 
     output = output or Path(f"{Path(model).name}-{format}")
-    done = export_model(model, output, format=format, num_patches=num_patches, int8=int8, progress=True)
+    # To stderr, so that stdout holds the result alone.
+    report = functools.partial(typer.echo, err=True)
+    done = export_model(model, output, format=format, num_patches=num_patches, int8=int8, report=report)
     channels, height, width = done.input_shape
     typer.echo(f"Wrote {done.path}, for pixel_values of shape (batch, {channels}, {height}, {width})")
     before = "In float32 its" if int8 else "Its"

@@ -1,6 +1,6 @@
-"""Vision Mamba's selective scan in ONNX: one `Scan`, where PyTorch's operations would be hundreds of nodes.
+"""Write the selective scan of Vision Mamba as one `Scan` node of ONNX instead of hundreds of nodes.
 
-There are two scans in a layer, and writing all of their nodes takes a quarter of an hour and more.
+A layer has two scans. Without this, writing all their nodes takes more than a quarter of an hour.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from dart_hf.modeling import modeling_dart_vim
 from dart_hf.modeling.selective_scan import selective_scan
 
 DOMAIN = "dart_hf"
-# What the scan does for each token, in ONNX's text form.
+# The step of the scan for each token, in the text form of ONNX.
 STEP = """
 step (float[batch, S, E] before, float[S, E] rates,
       float[batch, E] delta, float[batch, E] input, float[batch, S] B, float[batch, S] C)
@@ -38,7 +38,7 @@ step (float[batch, S, E] before, float[S, E] rates,
 
 @contextmanager
 def scans_as_nodes() -> Iterator[None]:
-    """What is traced inside has a node of its own for each scan, which [`replace_scans`] knows."""
+    """Trace a model inside this context, and each scan is one node, which [`replace_scans`] turns into a `Scan`."""
     modeling_dart_vim.selective_scan = scan_as_node
     try:
         yield
@@ -49,7 +49,7 @@ def scans_as_nodes() -> Iterator[None]:
 def scan_as_node(
     x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
 ) -> torch.Tensor:
-    """A node in place of [`selective_scan`], with its arguments and result; in float32."""
+    """A node that stands for [`selective_scan`], with the same arguments and result, in float32."""
     start = x.new_zeros(x.shape[0], A.shape[1], A.shape[0])
     inputs = (start, A.t(), delta, delta * x, B, C)
     attributes = {"backwards": int(backwards)}
@@ -57,7 +57,7 @@ def scan_as_node(
 
 
 def replace_scans(program: Any) -> None:
-    """Make ONNX's `Scan` of each such node of an `onnx.ModelProto`, in place."""
+    """Replace each node that stands for a scan in an `onnx.ModelProto` by a `Scan`, in place."""
     for node in program.graph.node:
         if node.domain == DOMAIN:
             node.CopyFrom(_to_scan(node))
@@ -72,12 +72,12 @@ def _to_scan(node: Any) -> Any:
     return helper.make_node(
         "Scan",
         node.input,
-        # Nothing reads the first two.
+        # The first two outputs are not used.
         [f"{y}_last_state", f"{y}_rates", y],
         name=node.name,
         body=parser.parse_graph(STEP),
         num_scan_inputs=4,
-        # Along the tokens.
+        # The axis of the tokens.
         scan_input_axes=[1] * 4,
         scan_input_directions=[backwards] * 4,
         scan_output_axes=[1],

@@ -1,4 +1,4 @@
-"""Exported programs: loaded again they compute what the model computes; what goes wrong writes nothing."""
+"""Exported programs compute what the model computes, and a failed export writes nothing."""
 
 import functools
 import json
@@ -10,20 +10,25 @@ import onnxruntime
 import pytest
 import skimage
 import torch
-from helpers.tiny_models import ENCODERS, tiny_classifier
+from helpers.tiny_models import tiny_classifier
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 
+import dart_hf.environment
+import dart_hf.export.checking
+import dart_hf.export.exporting
 import dart_hf.export.onnx
+import dart_hf.export.torch
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
 from dart_hf.cli.main import app
-from dart_hf.export.onnx import Export, export_model
+from dart_hf.export import Export, export_model
+from dart_hf.export.exporting import _image_size
 from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 
 SIDE = 64
 LABELS = ["ant", "bee", "cicada", "dragonfly"]
-# Of logits of order one: float32 knows the edges of regions to a thousandth of a pixel.
+# For logits of order one. float32 gives the edges of regions to a thousandth of a pixel.
 TOLERANCE = 2e-3
 
 
@@ -31,7 +36,7 @@ def save_model(
     folder: Path, model_type: str = "dart", statistics: bool = True, dtype: torch.dtype = torch.float32, **settings
 ) -> Path:
     """The folder of a small model and its image processor."""
-    # Weights of order one, so that the regions matter for the logits.
+    # With weights of order one the regions change the logits.
     defaults = {"image_size": SIDE, "score_normalization": "running", "initializer_range": 0.3}
     model = tiny_classifier(LABELS, model_type, **{**defaults, **settings})
     if model.config.scorer != "conv":
@@ -45,7 +50,7 @@ def save_model(
 
 @torch.no_grad()
 def give_trunk_weights(model: RegionPreTrainedModel) -> None:
-    """Make a random trunk respond to images: without statistics its features are rounding noise."""
+    """Give a random trunk statistics, without which its features are rounding noise."""
     norms = [module for module in model.scorer.trunk.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.train().momentum = None
@@ -55,13 +60,13 @@ def give_trunk_weights(model: RegionPreTrainedModel) -> None:
 
 
 def pixels(count: int) -> torch.Tensor:
-    """Smooth images, as photographs are: (count, 3, SIDE, SIDE)."""
+    """Smooth images (count, 3, SIDE, SIDE)."""
     coarse = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(7))
     return torch.nn.functional.interpolate(coarse, SIDE, mode="bicubic")
 
 
 def program(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The program in a file, by the runtime's own means."""
+    """The program in a file, loaded by the functions of its runtime."""
     if path.suffix == ".pt2":
         return torch.no_grad()(torch.export.load(path).module())
     session = onnxruntime.InferenceSession(path)
@@ -75,7 +80,7 @@ def model_logits(folder: Path, images: torch.Tensor, **settings) -> torch.Tensor
 
 @pytest.fixture(scope="module")
 def in_onnx(tmp_path_factory) -> Callable[[str], tuple[Path, Export]]:
-    """Model type -> the folder of a model, and that model in ONNX."""
+    """Model type -> the folder of a model, and its export to ONNX."""
 
     @functools.cache
     def export(model_type: str) -> tuple[Path, Export]:
@@ -83,6 +88,20 @@ def in_onnx(tmp_path_factory) -> Callable[[str], tuple[Path, Export]]:
         return folder, export_model(folder, tmp_path_factory.mktemp("exported"))
 
     return export
+
+
+def reuse(exported: Export, monkeypatch) -> None:
+    """Let the next export to ONNX write a program that was exported before, which saves seconds."""
+    monkeypatch.setattr(dart_hf.export.exporting, "trace", lambda model, input_shape: None)
+    monkeypatch.setattr(
+        dart_hf.export.onnx, "write_program", lambda program, path: path.write_bytes(exported.path.read_bytes())
+    )
+
+
+def without(monkeypatch, *packages: str) -> None:
+    """Let packages look as if they were not installed."""
+    find_spec = dart_hf.environment.find_spec
+    monkeypatch.setattr(dart_hf.environment, "find_spec", lambda name: None if name in packages else find_spec(name))
 
 
 @pytest.fixture
@@ -95,7 +114,7 @@ def exported(in_onnx) -> Export:
     return in_onnx("dart")[1]
 
 
-def test_an_export_is_a_folder_with_program_labels_and_preprocessing(exported, model_folder):
+def test_export_is_a_folder_with_program_labels_and_preprocessing(exported, model_folder):
     folder = exported.path.parent
     assert {path.name for path in folder.iterdir() if path.suffix != ".py"} == {
         "model.onnx",
@@ -118,17 +137,20 @@ def test_an_export_is_a_folder_with_program_labels_and_preprocessing(exported, m
     torch.testing.assert_close(program(exported.path)(photograph), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
-def test_any_number_of_images_gives_what_each_gives_alone(in_onnx, model_type):
+SLOW_RMT = pytest.param("dart_rmt", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model_type", ["dart", "dart_vim", SLOW_RMT])
+def test_batches_of_any_size_give_the_logits_of_single_images(in_onnx, model_type):
     model_folder, exported = in_onnx(model_type)
     run, images = program(exported.path), pixels(7)
     expected = model_logits(model_folder, images)
-    assert expected.std(dim=0).min() > 0.05, "the images must differ for the comparison to mean something"
+    assert expected.std(dim=0).min() > 0.05, "the test needs images with different logits"
     for found in (run(images), torch.cat([run(image[None]) for image in images]), torch.cat([run(images[:3])] * 3)[:3]):
         torch.testing.assert_close(found, expected[: len(found)], atol=TOLERANCE, rtol=0)
 
 
-def test_an_image_that_cannot_be_scored_gets_the_uniform_partition(exported, model_folder):
+def test_image_with_unusable_scores_gets_the_uniform_partition(exported, model_folder):
     images = pixels(3)
     images[1] = 0.5
     torch.testing.assert_close(program(exported.path)(images), model_logits(model_folder, images), atol=2e-3, rtol=0)
@@ -137,19 +159,22 @@ def test_an_image_that_cannot_be_scored_gets_the_uniform_partition(exported, mod
     assert found[:2].isfinite().all() and found[2].isnan().all()
 
 
-# Everything that takes another way through the tokenizer, once.
 @pytest.mark.parametrize(
     ("format", "settings"),
     [
-        ("onnx", {"scorer": "mobilenet_v3_small", "scorer_head": "v2", "score_normalization": "batch"}),
-        ("onnx", {"partition": "grid", "statistics": False}),
         ("torch", {"partition": "uniform"}),
-        ("torch", {"score_normalization": "image", "scorer_head": "v2"}),
-        ("torch", {"model_type": "dart_vim"}),
-        ("torch", {"model_type": "dart_rmt", "first_strip_edge": 2}),
+        pytest.param("onnx", {"partition": "grid", "statistics": False}, marks=pytest.mark.slow),
+        pytest.param(
+            "onnx",
+            {"scorer": "mobilenet_v3_small", "scorer_head": "v2", "score_normalization": "batch"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("torch", {"score_normalization": "image", "scorer_head": "v2"}, marks=pytest.mark.slow),
+        pytest.param("torch", {"model_type": "dart_vim"}, marks=pytest.mark.slow),
+        pytest.param("torch", {"model_type": "dart_rmt", "first_strip_edge": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_agrees_with_the_model(tmp_path, format, settings):
+def test_program_agrees_with_the_model(tmp_path, format, settings):
     folder = save_model(tmp_path / "model", **settings)
     path = export_model(folder, tmp_path / "out", format=format).path
     assert path == tmp_path / "out" / {"onnx": "model.onnx", "torch": "model.pt2"}[format]
@@ -160,15 +185,6 @@ def test_agrees_with_the_model(tmp_path, format, settings):
     assert (change > 10 * TOLERANCE) == (settings.get("score_normalization") == "batch")
 
 
-def test_a_model_in_half_precision_is_exported_in_single(tmp_path):
-    folder = save_model(tmp_path / "model", dtype=torch.bfloat16)
-    assert DartForImageClassification.from_pretrained(folder).dtype == torch.bfloat16
-    path = export_model(folder, tmp_path / "out", format="torch").path
-    images = pixels(3)
-    torch.testing.assert_close(program(path)(images), model_logits(folder, images), atol=TOLERANCE, rtol=0)
-    assert json.loads((path.parent / "config.json").read_text())["dtype"] == "float32"
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -177,35 +193,29 @@ def test_a_model_in_half_precision_is_exported_in_single(tmp_path):
         ({"size": 40, "do_center_crop": False}, (3, SIDE, SIDE)),
     ],
 )
-def test_the_size_is_what_the_image_processor_makes(tmp_path, settings, expected):
-    folder = save_model(tmp_path / "model", statistics=False, partition="uniform")
-    DartImageProcessor(**settings).save_pretrained(folder)
-    exported = export_model(folder, tmp_path / "out", format="torch")
-    assert exported.input_shape == expected
-    assert program(exported.path)(torch.zeros(3, *expected)).shape == (3, len(LABELS))
+def test_image_size_is_that_of_the_image_processor(settings, expected):
+    assert (3, *_image_size(DartImageProcessor(**settings), SIDE)) == expected
 
 
 @pytest.mark.parametrize(
     ("model_type", "outputs"),
     [
-        # Query, key, value, output and two of the MLP; neither the scorer nor the classifier.
+        # Query, key, value, output and two layers of the MLP; neither the scorer nor the classifier.
         ("dart", [32] * 6),
-        # Of a mixer what goes in and what comes out; not what the time steps come from.
+        # The first and last layer of a mixer; not the layers that compute the time steps.
         ("dart_vim", [128, 32]),
-        ("dart_rmt", [16] * 4 + [32, 16] + [32] * 4 + [64, 32]),
+        pytest.param("dart_rmt", [16] * 4 + [32, 16] + [32] * 4 + [64, 32], marks=pytest.mark.slow),
     ],
 )
-def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, in_onnx, model_type, outputs):
+def test_int8_quantizes_the_linear_layers_of_the_encoder(tmp_path, monkeypatch, in_onnx, model_type, outputs):
     model_folder, exported = in_onnx(model_type)
     single = exported.path.stat().st_size
-    monkeypatch.setattr(
-        dart_hf.export.onnx, "_write_onnx", lambda program, path: path.write_bytes(exported.path.read_bytes())
-    )
+    reuse(exported, monkeypatch)
     done = export_model(model_folder, tmp_path / "out", int8=True)
     assert done.path.stat().st_size < single
     graph = onnx.load(done.path).graph
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) == len(outputs)
-    # Every output of a layer has a scale of its own.
+    # Each output of a layer has its own scale.
     scales = [constant for constant in graph.initializer if constant.name.endswith("_scale")]
     assert sorted(scale.dims[0] for scale in scales if scale.dims) == sorted(outputs)
     images = pixels(5)
@@ -216,41 +226,42 @@ def test_int8_computes_the_encoder_in_8_bits(tmp_path, monkeypatch, in_onnx, mod
     assert done.deviation == pytest.approx(exported.deviation)
 
 
-def test_int8_without_a_layer_or_too_far_off_is_refused(tmp_path, monkeypatch, model_folder, exported):
-    monkeypatch.setattr(
-        dart_hf.export.onnx, "_write_onnx", lambda program, path: path.write_bytes(exported.path.read_bytes())
-    )
+def test_int8_is_refused_without_layers_or_with_large_errors(tmp_path, monkeypatch, model_folder, exported):
+    reuse(exported, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(dart_hf.export.onnx, "_is_in_encoder", lambda node: False)
         with pytest.raises(ValueError, match="int8 finds no linear layer of the encoder"):
             export_model(model_folder, tmp_path / "refused", int8=True)
-    monkeypatch.setattr(dart_hf.export.onnx, "INT8_TOLERANCE", 1e-3)
+    monkeypatch.setattr(dart_hf.export.checking, "INT8_TOLERANCE", 1e-3)
     with pytest.raises(ValueError, match=r"int8 changes the logits by .*nothing was written"):
         export_model(model_folder, tmp_path / "refused", int8=True)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("format", "value"), [("onnx", torch.nan), ("torch", 0.1)])
-def test_a_program_that_disagrees_is_not_written(tmp_path, monkeypatch, model_folder, exported, format, value):
+def test_program_that_disagrees_is_not_written(tmp_path, monkeypatch, model_folder, exported, format, value):
+    written_as = getattr(dart_hf.export, format)
+
     def other_program(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda images: program(exported.path)(images) + value
 
-    monkeypatch.setattr(dart_hf.export.onnx, f"_write_{format}", lambda program, path: path.write_bytes(b"a program"))
-    monkeypatch.setattr(dart_hf.export.onnx, "_read", other_program)
+    monkeypatch.setattr(dart_hf.export.exporting, "trace", lambda model, input_shape: None)
+    monkeypatch.setattr(written_as, "write_program", lambda program, path: path.write_bytes(b"a program"))
+    monkeypatch.setattr(written_as, "read_program", other_program)
     with pytest.raises(ValueError, match=r"does not agree with PyTorch: .*nothing was written"):
         export_model(model_folder, tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_check_runs_the_file(tmp_path, monkeypatch, model_folder):
-    """A file with another classifier in it than the model's."""
-    trace = dart_hf.export.onnx._trace
+def test_check_runs_the_written_file(tmp_path, monkeypatch, model_folder):
+    """The file has another classifier than the model."""
+    trace = dart_hf.export.exporting.trace
 
     def trace_another(model, input_shape):
         model.classifier.bias.data.add_(1)
         return trace(model, input_shape)
 
-    monkeypatch.setattr(dart_hf.export.onnx, "_trace", trace_another)
+    monkeypatch.setattr(dart_hf.export.exporting, "trace", trace_another)
     with pytest.raises(ValueError, match="does not agree with PyTorch"):
         export_model(model_folder, tmp_path / "out", format="torch")
     assert not list(tmp_path.iterdir())
@@ -258,7 +269,7 @@ def test_the_check_runs_the_file(tmp_path, monkeypatch, model_folder):
 
 @pytest.fixture
 def mistakes(tmp_path, monkeypatch, model_folder) -> Path:
-    """The working folder, with `model` and things that cannot be exported or written to."""
+    """The working folder, with `model`, and with models and outputs that are refused."""
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(model_folder)
     Path("used").mkdir()
@@ -292,7 +303,7 @@ def run(*arguments: str):
         (["dead"], "The scorer is dead"),
     ],
 )
-def test_a_mistake_gives_one_line_and_writes_nothing(mistakes, arguments, words):
+def test_mistake_gives_one_line_and_writes_nothing(mistakes, arguments, words):
     before = set(mistakes.rglob("*"))
     result = run(*(arguments if "--output" in arguments else [*arguments, "--output", "out"]))
     assert result.exit_code == 2
@@ -302,39 +313,40 @@ def test_a_mistake_gives_one_line_and_writes_nothing(mistakes, arguments, words)
     assert set(mistakes.rglob("*")) == before
 
 
-def test_a_grid_that_the_budget_does_not_fill_is_named(tmp_path):
+def test_budget_that_does_not_fill_the_grid_is_refused(tmp_path):
     folder = save_model(tmp_path / "model", partition="grid")
     with pytest.raises(ValueError, match="num_patches=11 does not fill the 3 rows"):
         export_model(folder, tmp_path / "out", num_patches=11)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_installed_is_named(mistakes, monkeypatch):
-    find_spec = dart_hf.export.onnx.find_spec
-    monkeypatch.setattr(
-        dart_hf.export.onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name)
-    )
+def test_missing_package_is_named(mistakes, monkeypatch):
+    without(monkeypatch, "onnxscript")
     result = run("model", "--output", "out")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        "dart-hf: format='onnx' needs onnxscript, not installed here: pip install 'dart-hf[export]'.\n"
+        "dart-hf: format='onnx' needs onnxscript, which is not installed: pip install 'dart-hf[export]'.\n"
     )
 
 
-def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, model_folder):
+def test_command_reports_steps_and_result(tmp_path, monkeypatch):
+    """The model is in half precision, and its program in float32."""
+    model_folder = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    assert DartForImageClassification.from_pretrained(model_folder).dtype == torch.bfloat16
     monkeypatch.chdir(tmp_path)
-    # PyTorch's own format needs no further package.
-    monkeypatch.setattr(dart_hf.export.onnx, "find_spec", lambda name: None)
+    without(monkeypatch, "onnx", "onnxscript", "onnxruntime")
     result = run(str(model_folder), "--output", "some/out", "--format", "torch", "--num-patches", "17")
     assert result.exit_code == 0
     wrote, differs = result.stdout.splitlines()
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["Tracing", "Writing", "Comparing"]
     assert wrote == f"Wrote some/out/model.pt2, for pixel_values of shape (batch, 3, {SIDE}, {SIDE})"
     assert differs.startswith("Its logits differ from PyTorch's by at most 0.0")
     assert [path.name for path in Path("some").iterdir()] == ["out"]
 
-    # The budget is in the program and in its configuration.
+    # Program and configuration have the new budget.
     images = pixels(3)
     expected = model_logits(model_folder, images, num_patches=17)
     assert (expected - model_logits(model_folder, images)).abs().max() > 10 * TOLERANCE
     torch.testing.assert_close(program(Path("some/out/model.pt2"))(images), expected, atol=TOLERANCE, rtol=0)
-    assert DartConfig.from_pretrained("some/out").num_patches == 17
+    config = DartConfig.from_pretrained("some/out")
+    assert (config.num_patches, config.dtype) == (17, torch.float32)

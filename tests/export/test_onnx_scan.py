@@ -41,7 +41,7 @@ def written(tmp_path_factory) -> Path:
     return path
 
 
-def test_each_is_one_node_of_standard_onnx(written):
+def test_each_scan_becomes_one_standard_node(written):
     model = onnx.load(written)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("Scan") == 2
@@ -49,7 +49,7 @@ def test_each_is_one_node_of_standard_onnx(written):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_it_computes_what_pytorch_does(written, batch):
+def test_scan_node_computes_what_pytorch_does(written, batch):
     given = sequences(batch)
     session = onnxruntime.InferenceSession(written)
     found = session.run(None, {name: value.numpy() for name, value in zip(NAMES, given, strict=True)})
@@ -57,7 +57,7 @@ def test_it_computes_what_pytorch_does(written, batch):
         torch.testing.assert_close(torch.from_numpy(direction), selective_scan(*given, backwards), rtol=1e-5, atol=1e-5)
 
 
-def test_the_model_is_itself_again(written):
+def test_model_is_restored_after_an_error(written):
     with pytest.raises(RuntimeError, match="interrupted"), scans_as_nodes():
         assert modeling_dart_vim.selective_scan is not selective_scan
         raise RuntimeError("interrupted")
