@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, and the published models with stand-in weights."""
+"""Shared by all tests: no network, one thread, a local Hub, and published models with made-up weights."""
 
 import os
 
@@ -6,7 +6,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import argparse
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,15 +20,25 @@ from dart_hf.conversion.original import VARIANTS, convert_checkpoint
 torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests noted with `record_property("note", text)`."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    properties = [item for report in reports for item in getattr(report, "user_properties", ())]
+    if notes := sorted({text for name, text in properties if name == "note"}):
+        terminalreporter.section("notes")
+        for note in notes:
+            terminalreporter.line(note)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def data_cache(tmp_path_factory) -> None:
-    """`datasets` keeps what it has read of a folder; not in the user's cache."""
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the cache of `datasets` in a temporary folder."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory) -> Callable[[str], Path]:
-    """Variant -> a file like the authors' `<variant>.pth`, but with the stand-in weights of `golden`."""
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a variant to a file like the authors' `<variant>.pth`, with the weights of `golden`."""
     folder = tmp_path_factory.mktemp("stand-ins")
 
     def make(variant: str) -> Path:
@@ -40,13 +49,12 @@ def stand_in(tmp_path_factory) -> Callable[[str], Path]:
             torch.save({"model": tensors, "optimizer": {"state": {}}, "epoch": 299, "args": args}, path)
         return path
 
-    yield make
-    shutil.rmtree(folder)
+    return make
 
 
 @pytest.fixture(scope="session")
-def converted(stand_in, tmp_path_factory) -> Callable[[str], Path]:
-    """Variant -> the folder that `convert_checkpoint` makes of its stand-in. Not to be written to."""
+def converted(stand_in: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a variant to its converted folder. Tests only read this folder."""
     folder = tmp_path_factory.mktemp("converted")
 
     def convert(variant: str) -> Path:
@@ -54,12 +62,11 @@ def converted(stand_in, tmp_path_factory) -> Callable[[str], Path]:
             convert_checkpoint(stand_in(variant), folder / variant)
         return folder / variant
 
-    yield convert
-    shutil.rmtree(folder)
+    return convert
 
 
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
-    """A Hub of its own for a test."""
+    """A local Hub that only this test uses."""
     with HubServer() as server:
         yield server

@@ -1,14 +1,13 @@
-"""transformers' common test suites: fetched for the installed version and imported under a package name of their own.
+"""transformers' common test suites: download them for the installed version and import them as a package.
 
-The wheel has no tests. The source distribution has the common ones (`tests/test_modeling_common.py` and its like) but
-not the packages that these import (`tests/generation`, `tests/utils`, …); stand-ins take their place.
+The wheel has no tests. The source distribution has the common ones (`tests/test_modeling_common.py` and others), but
+not the packages that they import (`tests/generation`, `tests/utils`, …). Placeholders replace these.
 """
 
 import gzip
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
 import os
 import subprocess
 import sys
@@ -27,14 +26,12 @@ from unittest.mock import patch
 import pytest
 import transformers
 
-from .pipeline_checks import ImageClassificationPipelineTests, ImageFeatureExtractionPipelineTests
-
 PACKAGE = "transformers_suites"
 SOURCE_VARIABLE = "DART_HF_TRANSFORMERS_SDIST"
 FETCH_SECONDS = 600
 
-# What the suites need from the modules that are left out. Any other name taken from such a module is an empty class.
-STAND_INS: dict[str, dict[str, Any]] = {
+# The names that the suites use from the missing modules. Any other name in them is an empty class.
+PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "utils.test_configuration_utils": {
         "config_common_kwargs": {
             "architectures": ["SomeModel"],
@@ -47,28 +44,21 @@ STAND_INS: dict[str, dict[str, Any]] = {
             "return_dict": False,
         }
     },
-    "pipelines.test_pipelines_image_classification": {
-        "ImageClassificationPipelineTests": ImageClassificationPipelineTests
-    },
-    "pipelines.test_pipelines_image_feature_extraction": {
-        "ImageFeatureExtractionPipelineTests": ImageFeatureExtractionPipelineTests
-    },
 }
-OUTSIDE_STAND_INS = ("fetch_hub_objects_for_ci",)
+OTHER_PLACEHOLDERS = ("fetch_hub_objects_for_ci",)
 
 
 class SuitesUnavailableError(RuntimeError):
-    """transformers' suites could not be fetched or are not what this harness knows."""
+    """transformers' suites cannot be downloaded, or differ from what this harness knows."""
 
 
 @dataclass(frozen=True)
 class Suites:
-    """The suites' modules of the installed transformers."""
+    """The modules of the installed transformers' suites."""
 
     modeling: ModuleType
     configuration: ModuleType
     image_processing: ModuleType
-    pipelines: ModuleType
     training: ModuleType
 
 
@@ -76,24 +66,23 @@ SUITE_MODULES = {
     "modeling": "test_modeling_common",
     "configuration": "test_configuration_common",
     "image_processing": "test_image_processing_common",
-    "pipelines": "test_pipeline_mixin",
     "training": "test_training_mixin",
 }
 
 
 def cache_folder() -> Path:
-    """Where fetched suites are kept, outside the repository."""
+    """The folder outside the repository that keeps downloaded suites."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dart-hf"
 
 
 def locate_suites() -> Path:
-    """The folder `tests` of the installed version's source distribution, fetched by pip where it is not cached yet.
+    """The folder `tests` of the installed version's source distribution. pip downloads it once.
 
     Raises:
-        SuitesUnavailableError: It is neither cached nor given nor to be fetched.
+        SuitesUnavailableError: It is not in the cache, not given by the environment variable, and pip cannot get it.
     """
     name = f"transformers-{transformers.__version__}"
-    # The rename at the end makes the folder, so where it exists it is complete.
+    # The last step renames the finished folder, so an existing folder is complete.
     target = cache_folder() / name
     if target.is_dir():
         return target
@@ -136,7 +125,7 @@ def _download(folder: Path, name: str) -> Path:
 
 
 def _unpack(archive: Path, folder: Path) -> Path:
-    """Unpack the archive's `tests` into `folder`; nothing else of it is needed."""
+    """Unpack only the archive's folder `tests`."""
     tests = f"{archive.name.removesuffix('.tar.gz')}/tests"
     try:
         with tarfile.open(archive) as opened:
@@ -153,43 +142,43 @@ def _rename_into_place(unpacked: Path, target: Path) -> None:
     try:
         unpacked.rename(target)
     except OSError:
-        # Another process was first.
+        # Another process may have been first.
         if not target.is_dir():
             raise
 
 
-class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers, after everyone else, for the modules that the source distribution leaves out."""
+class PlaceholderFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes placeholders for the modules that the source distribution leaves out. Python asks it last."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         inside = fullname.startswith(f"{PACKAGE}.")
-        # A suite that is missing is an error, not something to stand in for.
-        if fullname in OUTSIDE_STAND_INS or (inside and fullname.rpartition(".")[2] not in SUITE_MODULES.values()):
+        # A missing suite is an error and gets no placeholder.
+        if fullname in OTHER_PLACEHOLDERS or (inside and fullname.rpartition(".")[2] not in SUITE_MODULES.values()):
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        def stand_in(name: str) -> type:
+        def placeholder(name: str) -> type:
             if name.startswith("__"):
                 raise AttributeError(name)
             return type(name, (), {})
 
-        module.__getattr__ = stand_in
-        vars(module).update(STAND_INS.get(module.__name__.removeprefix(f"{PACKAGE}."), {}))
+        module.__getattr__ = placeholder
+        vars(module).update(PLACEHOLDERS.get(module.__name__.removeprefix(f"{PACKAGE}."), {}))
 
 
 def load_suites() -> Suites:
     """Import the installed version's suites.
 
     Raises:
-        SuitesUnavailableError: They cannot be had, or this version's look different from what the harness knows.
+        SuitesUnavailableError: They cannot be downloaded, or differ from what the harness knows.
     """
     folder = locate_suites()
     package = ModuleType(PACKAGE)
     package.__path__ = [str(folder)]
     sys.modules[PACKAGE] = package
-    if not any(isinstance(finder, StandInFinder) for finder in sys.meta_path):
-        sys.meta_path.append(StandInFinder())
+    if not any(isinstance(finder, PlaceholderFinder) for finder in sys.meta_path):
+        sys.meta_path.append(PlaceholderFinder())
     try:
         with _import_surroundings():
             modules = {key: importlib.import_module(f"{PACKAGE}.{name}") for key, name in SUITE_MODULES.items()}
@@ -197,29 +186,20 @@ def load_suites() -> Suites:
         raise SuitesUnavailableError(
             f"the test suites of transformers {transformers.__version__} in {folder} cannot be imported: {error}"
         ) from error
-    # Some versions name the pipelines' test classes by their path in transformers' repository.
-    for task in modules["pipelines"].pipeline_test_mapping.values():
-        if isinstance(task["test"], str):
-            task["test"] = f"{PACKAGE}.{task['test'].removeprefix('tests.')}"
     return Suites(**modules)
 
 
 @contextmanager
 def _import_surroundings() -> Iterator[None]:
-    """What the suites find while they are imported: the installed transformers, and an empty list of tiny models."""
+    """While the suites are imported: use the installed transformers, and restore the search path at the end."""
     search_path = list(sys.path)
-    with tempfile.TemporaryDirectory() as empty:
-        summary = Path(empty, "reports", "tiny_model_summary.json")
-        summary.parent.mkdir()
-        summary.write_text(json.dumps({}))
-        try:
-            with (
-                # Their marks are transformers' business; nothing here selects by them.
-                warnings.catch_warnings(action="ignore", category=pytest.PytestUnknownMarkWarning),
-                patch.dict(os.environ, TRANSFORMERS_TINY_MODEL_PATH=empty),
-                # They would execute the source distribution's own transformers over the installed one.
-                patch("transformers.utils.direct_transformers_import", lambda *args, **kwargs: transformers),
-            ):
-                yield
-        finally:
-            sys.path[:] = search_path
+    try:
+        with (
+            # The suites have pytest markers that we do not use.
+            warnings.catch_warnings(action="ignore", category=pytest.PytestUnknownMarkWarning),
+            # Otherwise the suites would run the transformers of the source distribution.
+            patch("transformers.utils.direct_transformers_import", lambda *args, **kwargs: transformers),
+        ):
+            yield
+    finally:
+        sys.path[:] = search_path

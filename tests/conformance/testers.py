@@ -1,16 +1,23 @@
-"""What runs in transformers' suites: our classes and, as the control, transformers' own ViT, by the same code."""
+"""Put our classes, and transformers' own ViT as the control, into transformers' suites with the same code."""
 
 import copy
 import unittest
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers
+from helpers.tiny_models import ENCODERS
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 from transformers.testing_utils import torch_device
 
 from dart_hf import (
@@ -36,13 +43,13 @@ class Subject:
     """One architecture's classes.
 
     Args:
-        image_processors: Image processor class per backend, the one that a checkpoint names first.
-        settings: Of a configuration small enough for the suites.
-        num_layers: How many layers, or stages, of such a model record their hidden states.
-        hidden_state_sizes: Last two sizes of the first of them: of tokens and of their channels, or of a map.
-        has_attention: Whether there is an attention whose implementation can be chosen.
-        returns_attentions: Whether its weights are returned.
-        batching_tolerance: By how much an image's float32 results may differ alone and in a batch.
+        image_processors: Image processor class of each backend. The first one is in checkpoints.
+        settings: A configuration that is small enough for the suites.
+        num_layers: The number of layers, or stages, that return hidden states.
+        hidden_state_sizes: The last two sizes of the first hidden state: tokens and channels, or height and width.
+        has_attention: The implementation of attention can be chosen.
+        returns_attentions: The model returns attention weights.
+        batching_tolerance: Allowed float32 difference between an image alone and the image in a batch.
     """
 
     config_class: type[PreTrainedConfig]
@@ -71,81 +78,55 @@ class Subject:
     def config(self, **overrides: Any) -> PreTrainedConfig:
         return self.config_class(**{**self.settings, **overrides})
 
-    def save_tiny_models(self, folder: Path) -> dict[str, Any]:
-        """Save a tiny model per class, as transformers keeps them, and return their entries in its summary of them."""
-        processor = self.image_processor_class(**image_processor_settings(self))
-        for model_class in self.model_classes:
-            # The layout by which the pipeline suite finds the models of a local folder.
-            target = folder / self.model_type / model_class.__name__
-            model_class(self.config()).save_pretrained(target)
-            processor.save_pretrained(target)
-        entry = {"tokenizer_classes": [], "processor_classes": [self.image_processor_class.__name__]}
-        return {model_class.__name__: entry for model_class in self.model_classes}
-
 
 SHARED = {"image_size": IMAGE_SIZE, "num_labels": 3}
 TRANSFORMER = {"num_attention_heads": 4, "intermediate_size": 37}
 TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "patch_size": 8}
 REGIONS = {"num_patches": 10, "score_grid_size": 4, "scorer": "conv"}
-# The rounding of a score moves an edge, and with it what the patches on noise see: by 5e-5 in 60 trials.
-REGIONS_BATCHING_TOLERANCE = 5e-4
 
-DART = Subject(
-    config_class=DartConfig,
-    model_class=DartModel,
-    classifier_class=DartForImageClassification,
-    image_processors={"torchvision": DartImageProcessor},
-    settings={**SHARED, **TRANSFORMER, **TOKENS, **REGIONS},
-    num_layers=2,
+
+def our_subject(*classes: type, settings: dict[str, Any], **others: Any) -> Subject:
+    return Subject(
+        *classes,
+        image_processors={"torchvision": DartImageProcessor},
+        settings={**SHARED, **REGIONS, **settings},
+        num_layers=2,
+        # Rounding in the scores moves region edges, and so the patches of a noise image: by up to 5e-5 in 60 trials.
+        batching_tolerance=5e-4,
+        **others,
+    )
+
+
+DART = our_subject(
+    DartConfig,
+    DartModel,
+    DartForImageClassification,
+    settings={**TRANSFORMER, **TOKENS},
     hidden_state_sizes=(11, 32),
-    batching_tolerance=REGIONS_BATCHING_TOLERANCE,
 )
-DART_VIM = Subject(
-    config_class=DartVimConfig,
-    model_class=DartVimModel,
-    classifier_class=DartVimForImageClassification,
-    image_processors={"torchvision": DartImageProcessor},
-    settings={**SHARED, **TOKENS, **REGIONS, "state_size": 4},
-    num_layers=2,
+DART_VIM = our_subject(
+    DartVimConfig,
+    DartVimModel,
+    DartVimForImageClassification,
+    settings={**TOKENS, "state_size": 4},
     hidden_state_sizes=(11, 32),
     has_attention=False,
     returns_attentions=False,
-    batching_tolerance=REGIONS_BATCHING_TOLERANCE,
 )
-DART_RMT = Subject(
-    config_class=DartRmtConfig,
-    model_class=DartRmtModel,
-    classifier_class=DartRmtForImageClassification,
-    image_processors={"torchvision": DartImageProcessor},
-    settings={
-        **SHARED,
-        **REGIONS,
-        "patch_size": 8,
-        "num_patches": 16,
-        "hidden_sizes": [16, 32],
-        "depths": [1, 1],
-        "num_attention_heads": [2, 4],
-        "mlp_ratios": [2, 2],
-        "decay_starts": [2, 2],
-        "decay_ranges": [4, 6],
-        "chunkwise": [True, False],
-        "layer_scale": [False, True],
-        "projection_size": 24,
-    },
-    num_layers=2,
+DART_RMT = our_subject(
+    DartRmtConfig,
+    DartRmtModel,
+    DartRmtForImageClassification,
+    settings={**ENCODERS["dart_rmt"], "patch_size": 8, "num_patches": 16},
     hidden_state_sizes=(8, 8),
     returns_attentions=False,
-    batching_tolerance=REGIONS_BATCHING_TOLERANCE,
 )
 OURS = (DART, DART_VIM, DART_RMT)
 CONTROL = Subject(
-    config_class=ViTConfig,
-    model_class=ViTModel,
-    classifier_class=ViTForImageClassification,
-    image_processors={
-        "torchvision": transformers.ViTImageProcessor,
-        "pil": transformers.ViTImageProcessorPil,
-    },
+    ViTConfig,
+    ViTModel,
+    ViTForImageClassification,
+    image_processors={"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil},
     settings={**SHARED, **TRANSFORMER, **TOKENS},
     num_layers=2,
     hidden_state_sizes=(17, 32),
@@ -153,7 +134,7 @@ CONTROL = Subject(
 
 
 def image_processor_settings(subject: Subject) -> dict[str, Any]:
-    """Settings that make pictures of `IMAGE_SIZE` pixels, whatever else the image processor does."""
+    """Settings with which any of the image processors returns images of `IMAGE_SIZE` pixels."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     shared = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "do_resize": True, "do_normalize": True}
     if getattr(subject.image_processor_class, "do_center_crop", None):
@@ -162,7 +143,7 @@ def image_processor_settings(subject: Subject) -> dict[str, Any]:
 
 
 class ModelTester:
-    """Settings and inputs for the modeling, pipeline and training suites, under the names that they ask for."""
+    """Settings and inputs for the modeling and training suites. The suites prescribe the names."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -171,10 +152,10 @@ class ModelTester:
         self.sequence_classification_class = subject.classifier_class
         for name, value in subject.settings.items():
             setattr(self, name, value)
-        # By these names the suites know the sizes of hidden states, also where they are maps.
+        # The suites compare hidden states with these sizes, also if the hidden states are maps.
         self.num_hidden_layers = subject.num_layers
         self.seq_length, self.hidden_size = subject.hidden_state_sizes
-        # Of masked image modeling, which the ViT's forward has an argument for.
+        # For masked image modeling: the ViT's forward has an argument for it.
         self.num_masks = 3
         self.mask_length = self.seq_length - 1
 
@@ -187,7 +168,7 @@ class ModelTester:
 
 
 class ImageProcessorTester:
-    """Settings and inputs for the image processing suite, under the names that it asks for."""
+    """Settings and inputs for the image processing suite. The suite prescribes the names."""
 
     def __init__(self, subject: Subject, suites: Suites) -> None:
         self.subject = subject
@@ -211,15 +192,15 @@ class ImageProcessorTester:
 
 
 def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittest.TestCase]]:
-    """One test case per suite that puts a subject's classes into transformers' tests."""
-    modeling, pipelines, training = suites.modeling, suites.pipelines, suites.training
+    """For each suite, a test case of transformers' tests with a subject's classes."""
+    modeling, training = suites.modeling, suites.training
 
     class ModelingTest(modeling.ModelTesterMixin, unittest.TestCase):
         all_model_classes = subject.model_classes
         has_attentions = subject.has_attention
         # Vision transformers have no vocabulary to resize.
         test_resize_embeddings = False
-        # Without this, the age of the configuration's file decides whether the test runs.
+        # Without this, the date of the configuration's file decides whether the test runs.
         test_can_init_all_missing_weights_before_2023 = True
 
         def setUp(self) -> None:
@@ -230,7 +211,7 @@ def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittes
 
         def test_can_load_ignoring_mismatched_shapes(self) -> None:
             def zero_init(config: PreTrainedConfig) -> PreTrainedConfig:
-                """In place of transformers' own, which takes what has `layer_scale` in its name for a number."""
+                """Replaces transformers', which expects every setting with `layer_scale` in its name to be a number."""
                 config = copy.deepcopy(config)
                 config.initializer_range = 1e-10
                 return config
@@ -243,31 +224,22 @@ def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittes
             super().test_retain_grad_hidden_states_attentions()
 
         def test_model_get_set_embeddings(self) -> None:
-            """In place of transformers' own, which asks for the `nn.Embedding` of a vocabulary."""
+            """Replaces transformers' test, which expects the `nn.Embedding` of a vocabulary."""
             for model_class in self.all_model_classes:
                 model = model_class(self.model_tester.get_config())
                 self.assertIsInstance(model.get_input_embeddings(), nn.Module)
                 output = model.get_output_embeddings()
                 self.assertTrue(output is None or isinstance(output, nn.Linear))
 
-    class PipelineTest(pipelines.PipelineTesterMixin, unittest.TestCase):
-        pipeline_model_mapping = {
-            "image-feature-extraction": subject.model_class,
-            "image-classification": subject.classifier_class,
-        }
-
-        def setUp(self) -> None:
-            self.model_tester = ModelTester(subject)
-
     class TrainingTest(training.TrainingTesterMixin, unittest.TestCase):
-        """The suite makes batches of text only; its two hooks for that make one of pictures here."""
+        """The suite makes batches of text only. Here its two methods for text make a batch of images."""
 
         all_model_classes = subject.model_classes
         model_tester = None
 
         def setUp(self) -> None:
             self.model_tester = ModelTester(subject)
-            # Read and passed on to the hook below.
+            # The suite reads `vocab_size` and passes it to the method below.
             config = self.model_tester.get_config()
             config.vocab_size = None
             self.model_tester.get_config = lambda: config
@@ -305,7 +277,6 @@ def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittes
 
     return {
         "modeling": ModelingTest,
-        "pipelines": PipelineTest,
         "training": TrainingTest,
         "configuration": ConfigurationTest,
         "image_processing": ImageProcessingTest,

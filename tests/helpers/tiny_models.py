@@ -1,4 +1,4 @@
-"""Classifiers of which a test asks no more than that their answers differ from image to image."""
+"""Classifiers that are small and give different answers for different images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 def tiny_classifier(
     labels: Sequence[str] = ("LABEL_0", "LABEL_1"), model_type: str = "dart", **settings: Any
 ) -> RegionPreTrainedModel:
-    """As conversion leaves a model: with the published rule for scores, and without running statistics."""
+    """A classifier with the published score normalisation, as conversion makes it: no running statistics yet."""
     torch.manual_seed(0)
     shared = {
         "image_size": 32,
