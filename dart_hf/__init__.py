@@ -13,8 +13,10 @@ from dart_hf.modeling.modeling_dart import DartForImageClassification, DartModel
 from dart_hf.modeling.modeling_dart_rmt import DartRmtForImageClassification, DartRmtModel, DartRmtPreTrainedModel
 from dart_hf.modeling.modeling_dart_vim import DartVimForImageClassification, DartVimModel, DartVimPreTrainedModel
 from dart_hf.modeling.region_partition import Regions
+from dart_hf.moved_names import keep_old_modules
 from dart_hf.version import __version__
 
+keep_old_modules()
 # Saved models and image processors carry their code along, for `trust_remote_code=True` where dart_hf is missing.
 DartImageProcessor.register_for_auto_class()
 for _config, _model, _classifier in (

@@ -1,0 +1,42 @@
+"""Modules of version 0.1 work under their old names for one release."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from dart_hf.moved_names import MOVED
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in MOVED.items() for name in names])
+def test_old_name_is_the_new_object_and_warns(module, name):
+    new_place = MOVED[module][name]
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.{name} has moved: import it from {new_place}\.") as found:
+        old = getattr(importlib.import_module(module), name)
+    assert old is getattr(importlib.import_module(new_place), name)
+    assert found[0].filename == __file__
+
+
+def test_old_spellings_of_import_work():
+    with pytest.warns(DeprecationWarning, match=r"import it from dart_hf\.visualization"):
+        from dart_hf.visualization import draw_regions
+    import dart_hf.losses
+
+    with pytest.warns(DeprecationWarning, match="soft_target_cross_entropy has moved"):
+        assert callable(dart_hf.losses.soft_target_cross_entropy)
+    assert callable(draw_regions)
+
+
+def test_unknown_name_of_an_old_module_is_an_error():
+    with pytest.raises(ImportError, match="cannot import name 'paint'"):
+        from dart_hf.pictures import paint  # noqa: F401
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("dart_hf.paint")
+
+
+def test_import_of_dart_hf_imports_no_room():
+    code = "import sys, dart_hf; print(*(name for name in sys.modules if name.startswith('dart_hf.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms = {name.split(".")[1] for name in done.stdout.split()}
+    assert rooms <= {"modeling", "moved_names", "version"}
