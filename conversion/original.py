@@ -1,29 +1,23 @@
-"""The DART authors' checkpoints -> folders that `from_pretrained` reads.
+"""Convert the DART authors' checkpoints into folders that `from_pretrained` reads.
 
-A published file is a pickle: a dict with `model`, often `model_ema`, the optimiser's state, and `args`, an
-argparse.Namespace. It is read without executing anything in it. The tensors say what the network is; only the token
-budget is in no tensor, so the variant (see `VARIANTS`) has to be known from elsewhere and to agree with the tensors.
-
-How the tensors of each encoder are called, and what their shapes tell, is in `encoders.py`.
+The tensors tell every setting of the network except the token budget. So the variant (see `VARIANTS`) must be known
+from elsewhere, and its other settings must agree with the tensors. `encoders.py` has the tensor names of each encoder.
 """
 
-import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from pickle import UnpicklingError
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import torch
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
-from dart_hf.conversion.encoders import ENCODERS, Encoder, Reading, recognise_encoder
+from dart_hf.conversion.checkpoint_file import read_checkpoint
+from dart_hf.conversion.encoder_settings import Reading
+from dart_hf.conversion.encoders import ENCODERS, Encoder, recognise_encoder
 from dart_hf.conversion.tensors import Tensors, renamed_tensors
 from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub_errors import hub_reason
@@ -40,9 +34,9 @@ class Variant:
 
     Args:
         encoder_name: Key of `ENCODERS`.
-        args_model: What the authors' training script calls it.
-        preset: Name of the configuration's preset that it is made from.
-        settings: Where it differs from the preset.
+        args_model: Its name in the authors' training script.
+        preset: Name of the configuration's preset.
+        settings: The settings that differ from the preset.
     """
 
     encoder_name: str
@@ -55,7 +49,7 @@ class Variant:
         return ENCODERS[self.encoder_name]
 
     def config(self, **overrides: Any) -> RegionConfig:
-        """The published configuration; `overrides` replace single settings."""
+        """Make the published configuration, with `overrides` for single settings."""
         return self.encoder.config_class.preset(self.preset, **{**self.settings, **overrides})
 
 
@@ -82,17 +76,18 @@ def convert_checkpoint(
 
     Args:
         checkpoint: A file (`.pth` pickle or `.safetensors`; a training checkpoint or a bare state dict), or a Hub
-            repository such as `yinkx3/DART`, from which `<variant>.pth` is downloaded. A path that exists is a path.
-        output: Folder to write; it must not exist or be empty. It appears complete or not at all.
-        variant: One of `VARIANTS`. Without it the pickle's `args.model` decides, else the file's name.
-        ema: Take the averaged weights (`model_ema`) instead of `model`.
+            repository such as `yinkx3/DART`, from which `<variant>.pth` is downloaded. An existing file wins over a
+            repository of the same name.
+        output: New or empty folder to write. It appears complete or not at all.
+        variant: One of `VARIANTS`. The default is the one that the pickle's `args.model` or else the file's name says.
+        ema: Convert the averaged weights (`model_ema`) instead of `model`.
 
     Returns:
         `output` as a path.
 
     Raises:
-        ValueError: The file is no such checkpoint, needs code to be read, is of an unknown variant or not of the one
-            given, or a tensor is missing, unexpected or wrongly shaped.
+        ValueError: The file is not such a checkpoint, would have to execute code, is of an unknown variant or another
+            one than given, or a tensor is missing, unexpected or wrongly shaped.
         OSError: The file cannot be found or downloaded, or `output` is in use.
     """
     if variant is not None:
@@ -117,37 +112,38 @@ def convert_state_dict(original: Tensors, variant: str) -> tuple[RegionConfig, d
 
     Args:
         original: Tensors by the authors' names.
-        variant: One of `VARIANTS`; says what no tensor tells, and is checked against what they do tell.
+        variant: One of `VARIANTS`. It gives the token budget; its other settings must agree with the tensors.
 
     Returns:
-        The configuration, and the complete state dict of the encoder's classifier made from it.
+        The configuration, and the complete state dict of its classifier.
 
     Raises:
         ValueError: The encoder is unknown, the variant contradicts the tensors, or a tensor is missing, unexpected or
-            wrongly shaped; the message has its original name.
+            wrongly shaped. The message names the tensor as the file does.
     """
     _check_variant(variant)
     encoder = recognise_encoder(original)
     _check_encoder(encoder, variant)
-    readings = encoder.settings(original)
+    readings = encoder.read_settings(original)
     _check_settings(readings, variant)
     settings = {name: reading.value for name, reading in readings.items()}
     config = VARIANTS[variant].config(**settings, score_normalization="batch", **_labels(settings["num_labels"]))
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in encoder.model_class(config).state_dict().items()}
-    state = renamed_tensors(encoder.arranged(original, config), shapes, encoder.names)
-    # What the authors' models do not have: statistics of the "running" normalisation, and the mark of a live trunk.
-    state |= {f"{encoder.our_scorer}statistics.{name}": value for name, value in ScoreStatistics().state_dict().items()}
-    state[f"{encoder.our_scorer}trunk_loaded"] = torch.tensor(True)
+    state = renamed_tensors(encoder.arrange(original, config), shapes, encoder.names)
+    # The authors' models have no statistics for "running" normalisation, and no flag for a trunk with weights.
+    for name, value in ScoreStatistics().state_dict().items():
+        state[f"{encoder.scorer_prefix}statistics.{name}"] = value
+    state[f"{encoder.scorer_prefix}trunk_loaded"] = torch.tensor(True)
     return config, state
 
 
-# Which checkpoint -------------------------------------------------------------------------------------------------
+# --- which checkpoint -------------------------------------------------------------------------------------------------
 
 
 def _locate(checkpoint: str | Path, variant: str | None) -> Path:
-    """The checkpoint as a local file, downloaded if it names a Hub repository."""
+    """Return the checkpoint's local path; download it if `checkpoint` is a Hub repository."""
     path = Path(checkpoint)
     if path.is_file():
         return path
@@ -161,7 +157,7 @@ def _locate(checkpoint: str | Path, variant: str | None) -> Path:
         )
     if variant is None:
         raise ValueError(
-            f"variant: say which checkpoint of the Hub repository {checkpoint} to take: {_variant_list()}."
+            f"variant: say which checkpoint of the Hub repository {checkpoint} to convert: {_variant_list()}."
         )
     try:
         return Path(huggingface_hub.hf_hub_download(str(checkpoint), f"{variant}.pth"))
@@ -173,12 +169,12 @@ def _locate(checkpoint: str | Path, variant: str | None) -> Path:
 
 
 def _infer_variant(path: Path, args_model: str | None) -> str:
-    """The variant that the pickle's `args.model` or else the file's name states. Never a guess: unknown names stop."""
+    """Return the variant that the pickle's `args.model` or else the file's name says; raise a ValueError if neither."""
     if args_model is not None:
         named = {entry.args_model: name for name, entry in VARIANTS.items()}
         if args_model not in named:
             raise ValueError(
-                f"variant: {path} was trained as {args_model!r}, which is no published model; say which one it is: "
+                f"variant: {path} was trained as {args_model!r}, which is not a published model; say which one it is: "
                 f"{_variant_list()}."
             )
         return named[args_model]
@@ -199,89 +195,7 @@ def _variant_list() -> str:
     return ", ".join(VARIANTS)
 
 
-# Reading files ----------------------------------------------------------------------------------------------------
-
-
-# What a training checkpoint holds besides tensors and plain containers. Paths are read as pure ones, so that a file
-# written on one system is readable on another.
-_ALLOWED_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    *(
-        (PurePosixPath, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath")
-    ),
-    *(
-        (PureWindowsPath, f"{module}.{name}")
-        for module in ("pathlib", "pathlib._local")
-        for name in ("WindowsPath", "PureWindowsPath")
-    ),
-    *((np.float64(0).__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")),
-]
-
-
-def read_checkpoint(path: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], str | None]:
-    """Read the weights of a checkpoint file, and what it says about itself.
-
-    Args:
-        path: `.safetensors`, or else a PyTorch pickle, which is read without executing anything in it.
-        ema: Take `model_ema` instead of `model`.
-
-    Returns:
-        Tensors by their original names, and the training script's `args.model`, None where there is none.
-
-    Raises:
-        ValueError: The file is neither, is damaged, needs code to be read, or holds no such weights.
-    """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"checkpoint: {path} holds a {type(content).__name__}, not a dict of tensors.")
-    key = "model_ema" if ema else "model"
-    if ema and content.get(key) is None:
-        raise ValueError(f"ema: {path} has no averaged weights (no 'model_ema').")
-    weights = content[key] if isinstance(content.get(key), Mapping) else content
-    other = next((name for name, value in weights.items() if not isinstance(value, torch.Tensor)), None)
-    if other is not None or not weights:
-        found = f"{other!r} is a {type(weights[other]).__name__}" if weights else "it is empty"
-        raise ValueError(f"checkpoint: {path} holds neither a 'model' nor a bare dict of tensors: {found}.")
-    args = content.get("args")
-    args_model = args.get("model") if isinstance(args, Mapping) else getattr(args, "model", None)
-    return dict(weights), args_model if isinstance(args_model, str) else None
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: {path} is not a safetensors file, or is incomplete: {error}.") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    # Leaving the context takes its globals off the process's list, so those that the user has put there stay out of it.
-    present = torch.serialization.get_safe_globals()
-    allowed = [entry for entry in _ALLOWED_GLOBALS if entry not in present]
-    # Opened first: what fails after that is the content's fault.
-    with path.open("rb") as file:
-        try:
-            with torch.serialization.safe_globals(allowed):
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            if found is None:
-                reason = "is no PyTorch checkpoint, or none that can be read without executing code"
-            else:
-                reason = f"asks to run {found[1]!r} while it is read; that is refused, and nothing of it was executed"
-            raise ValueError(f"checkpoint: {path} {reason}.") from error
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Damage shows up as whatever the unpickler trips over: RuntimeError, OSError, EOFError, KeyError...
-            raise ValueError(f"checkpoint: {path} is not a PyTorch checkpoint, or is incomplete.") from error
-
-
-# Variant against tensors ------------------------------------------------------------------------------------------
+# --- variant against tensors ------------------------------------------------------------------------------------------
 
 
 def _check_encoder(encoder: Encoder, variant: str) -> None:
@@ -293,7 +207,7 @@ def _check_encoder(encoder: Encoder, variant: str) -> None:
 
 
 def _check_settings(readings: Mapping[str, Reading], variant: str) -> None:
-    """The variant and the tensors have to agree in everything but the number of labels, which fine-tuning changes."""
+    """Raise a ValueError if variant and tensors differ in more than the number of labels, which fine-tuning changes."""
     published = VARIANTS[variant].config()
     differences = [
         f"{name}={reading.value!r} (tensor {reading.tensor!r}) instead of {getattr(published, name)!r}"
@@ -304,16 +218,13 @@ def _check_settings(readings: Mapping[str, Reading], variant: str) -> None:
         raise ValueError(f"The checkpoint is not {variant!r}: it has {', '.join(differences)}.")
 
 
-# Writing ----------------------------------------------------------------------------------------------------------
-
-
 def _labels(num_labels: int) -> dict[str, Any]:
-    """ImageNet-1k's class names for a model of a thousand classes; another one's are unknown."""
+    """Return ImageNet-1k's class names for a model of a thousand classes; other names are unknown."""
     info = ImageNetInfo("imagenet-1k")
     if num_labels != info.num_classes():
         return {}
     short = info.label_descriptions()
-    # Two classes are called "crane", the bird and the machine; their definitions tell them apart.
+    # Two classes are called "crane": the bird and the machine. Their definitions differ.
     names = [
         label if short.count(label) == 1 else info.index_to_description(index, detailed=True)
         for index, label in enumerate(short)

@@ -1,4 +1,4 @@
-"""Tensors of others under our names."""
+"""Rename the tensors of other libraries' models to our names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,8 @@ import torch
 
 Tensors = Mapping[str, torch.Tensor]
 
-# Pairs of a pattern for our tensor names and the other name for it. Several of ours for one other tensor are its parts
-# along the first dimension, in the order of the table.
+# Pairs of a pattern for our tensor names and the original name. Several of our tensors with one original name are its
+# parts along the first dimension, in the order of the table.
 NameTable = tuple[tuple[str, str], ...]
 
 TIMM_VIT_NAMES: NameTable = (
@@ -30,18 +30,18 @@ TIMM_VIT_NAMES: NameTable = (
 
 
 def renamed_tensors(original: Tensors, shapes: Mapping[str, torch.Size], names: NameTable) -> dict[str, torch.Tensor]:
-    """Copies of tensors under our names, split where several of ours are parts of one.
+    """Copy tensors under our names, and split those that are several tensors of ours.
 
     Args:
-        original: By their original names.
-        shapes: Of our tensors. Those that are in no row of `names` are left out of the result.
+        original: Tensors by their original names.
+        shapes: The shapes of our tensors by name. Names that no row of `names` matches are left out of the result.
         names: From our names to the original ones.
 
     Raises:
-        ValueError: An original tensor is missing, unexpected or wrongly shaped; the message has its name.
+        ValueError: An original tensor is missing, unexpected or wrongly shaped. The message names it.
     """
     sources = _original_names(shapes, names)
-    check_tensors(original, {name: _joined([shapes[part] for part in parts]) for name, parts in sources.items()})
+    check_tensors(original, {name: _joined_shape([shapes[part] for part in parts]) for name, parts in sources.items()})
     renamed = {}
     for name, parts in sources.items():
         pieces = original[name].split([shapes[part][0] for part in parts]) if len(parts) > 1 else [original[name]]
@@ -50,7 +50,7 @@ def renamed_tensors(original: Tensors, shapes: Mapping[str, torch.Size], names: 
 
 
 def _original_names(ours: Iterable[str], names: NameTable) -> dict[str, list[str]]:
-    """Original name -> our names for its parts."""
+    """Map each original name to our names for its parts."""
     ours = list(ours)
     sources: dict[str, list[str]] = {}
     for pattern, original in names:
@@ -61,7 +61,7 @@ def _original_names(ours: Iterable[str], names: NameTable) -> dict[str, list[str
 
 
 def check_tensors(original: Tensors, expected: Mapping[str, torch.Size]) -> None:
-    """Raise a ValueError that names what is missing, unexpected or wrongly shaped."""
+    """Raise a ValueError that names the tensors that are missing, unexpected or wrongly shaped."""
     problems = {
         "missing": [name for name in expected if name not in original],
         "unexpected": [name for name in original if name not in expected],
@@ -73,7 +73,7 @@ def check_tensors(original: Tensors, expected: Mapping[str, torch.Size]) -> None
     }
     found = [_problem(names, problem) for problem, names in problems.items() if names]
     if found:
-        raise ValueError(f"The tensors of the checkpoint are not those of the model: {'; '.join(found)}.")
+        raise ValueError(f"The tensors of the checkpoint do not fit the model: {'; '.join(found)}.")
 
 
 def _problem(names: list[str], problem: str) -> str:
@@ -81,8 +81,8 @@ def _problem(names: list[str], problem: str) -> str:
     return f"{problem} {', '.join(names[:3])}{more}"
 
 
-def _joined(shapes: list[torch.Size]) -> torch.Size:
-    """The shape of tensors of these shapes when they are joined along the first dimension."""
+def _joined_shape(shapes: list[torch.Size]) -> torch.Size:
+    """Return the shape of tensors of these shapes after joining them along the first dimension."""
     if len(shapes) == 1:
         return shapes[0]
     return torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]])

@@ -53,7 +53,12 @@ def convert(
     ] = None,
     score_grid_size: Annotated[
         int | None,
-        typer.Option(metavar="G", min=1, help="vit: side of the score grid and the position table. Default: 14."),
+        typer.Option(
+            metavar="G",
+            min=1,
+            help="vit: side of the score grid and the position table. Default: "
+            "the number of patches along a side of the image.",
+        ),
     ] = None,
 ) -> None:
     """Convert a checkpoint of the DART authors (ViT, Vision Mamba or RMT), or a pretrained ViT.
@@ -85,5 +90,5 @@ def convert(
     else:
         from dart_hf.conversion.vit import convert_vit
 
-        folder = convert_vit(source, output, say=typer.echo, **options)
+        folder = convert_vit(source, output, report=typer.echo, **options)
     typer.echo(f"Wrote {folder}")

@@ -467,9 +467,9 @@ def start_model(
     elif _is_plain_vit(arguments.model):
         _check_known(changes, DartConfig)
         scorer = changes.pop("scorer", None)
-        grid_size = changes.pop("score_grid_size", 14)
+        grid_size = changes.pop("score_grid_size", None)
         model, image_processor = dart_from_vit(
-            arguments.model, "flow", scorer, arguments.scorer_weights, grid_size, say=say
+            arguments.model, "flow", scorer, arguments.scorer_weights, grid_size, report=say
         )
     else:
         _check_known(changes, type(load_dart_config(arguments.model)))
