@@ -39,13 +39,13 @@ quickstart: $(VENV)/installed-quickstart
 	@$(BIN)/dart-hf quickstart --output quickstart
 	@echo "The command dart-hf is in $(BIN); 'source $(BIN)/activate' puts it on the path."
 
-# One thread for each test worker.
+# One thread for each test worker. worksteal keeps the tests of a file together, so that they share their fixtures.
 test test-all: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The stamp goes first: a release may have come since the last time.
 test-newest:
