@@ -9,8 +9,8 @@ from helpers.tiny_training import tiny_pictures
 
 from dart_hf import DartImageProcessor
 from dart_hf.evaluation.calibration import calibrate_model
-from dart_hf.evaluation.classification import run_evaluation
 from dart_hf.evaluation.prediction import predict
+from dart_hf.evaluation.run import run_evaluation
 from dart_hf.hub.loading import load_model
 from dart_hf.training.command import parse_settings, run_training
 
@@ -78,7 +78,7 @@ def test_a_training_in_two_parts_gives_the_same_weights(start, photos, trained, 
 
 def test_evaluation_at_several_budgets(trained, photos):
     output, facts = trained
-    results = run_evaluation(output, photos, budgets=[4, 9, 16], say=lambda line: None)
+    results = run_evaluation(output, photos, budgets=[4, 9, 16], report=lambda line: None)
     assert [entry["num_patches"] for entry in results["budgets"]] == [4, 9, 16]
     of_nine = next(entry for entry in results["budgets"] if entry["num_patches"] == 9)
     assert of_nine["top1"] == pytest.approx(facts["metrics"]["eval_accuracy"])

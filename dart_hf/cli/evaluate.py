@@ -57,7 +57,7 @@ def evaluate(
     """
     quiet_loading()
     bars_on_terminals_only()
-    from dart_hf.evaluation.classification import parse_budgets, run_evaluation
+    from dart_hf.evaluation.run import parse_budgets, run_evaluation
 
     run_evaluation(
         model,
@@ -73,6 +73,6 @@ def evaluate(
         workers=workers,
         output=output,
         plot=plot,
-        say=typer.echo,
+        report=typer.echo,
         progress=True,
     )

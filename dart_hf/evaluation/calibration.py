@@ -1,4 +1,7 @@
-"""Running score statistics from images, without training: a converted checkpoint goes from "batch" to "running"."""
+"""Calibrate a model's scores: take their running statistics from images, without training.
+
+This turns the score normalisation of a converted checkpoint from "batch" to "running".
+"""
 
 import functools
 import json
@@ -23,13 +26,13 @@ from dart_hf.modeling.score_statistics import batch_moments
 
 @dataclass
 class Calibration:
-    """The scores of a number of images, before they are standardised.
+    """Statistics of the scores of some images, before they are standardised.
 
     Args:
         mean, variance: Over the cells of all images; the variance is the unbiased one.
-        num_images, num_cells: How many images and cells these were taken over.
-        num_unusable: How many images were not, because their scores are constant, infinite or NaN.
-        num_unreadable: How many images could not be read and were skipped.
+        num_images, num_cells: Number of images and cells that were used.
+        num_unusable: Number of images that were left out because their scores are constant, infinite or NaN.
+        num_unreadable: Number of images that could not be read and were skipped.
     """
 
     mean: float = 0.0
@@ -40,9 +43,13 @@ class Calibration:
     num_unreadable: int = 0
 
     def add(self, logits: torch.Tensor, usable: torch.Tensor) -> None:
-        """Take in a batch: logits (B, G, G) in float64, and which images can be used, (B,).
+        """Add a batch.
 
-        The moments of the parts give exactly those of the whole (Chan, Golub and LeVeque 1979).
+        The moments of the parts give exactly the moments of the whole (Chan, Golub and LeVeque 1979).
+
+        Args:
+            logits: (B, G, G) in float64.
+            usable: (B,) whether an image is used.
         """
         images = usable.sum().item()
         self.num_unusable += len(usable) - images
@@ -69,28 +76,28 @@ def calibrate_scores(
     workers: int = 0,
     progress: bool = False,
 ) -> Calibration:
-    """Give a model the running score statistics of images, and have it use them.
+    """Set a model's running score statistics to those of some images, and let the model use them.
 
-    Mean and variance are those of one batch of all the images, whatever the batch size here. The model's
+    Mean and variance are those of one batch of all the images, for any `batch_size`. The model's
     `config.score_normalization` becomes `"running"`.
 
     Args:
-        model: A DART model, of any score normalisation; it is put in evaluation mode.
+        model: A DART model with any score normalisation; it is put in evaluation mode.
         image_processor: Prepares the images.
         images: Column `image`; others are not read.
-        batch_size: Images at a time.
-        skip_unreadable: Whether to leave out images that cannot be read, instead of raising.
-        workers: Processes that read images besides this one.
-        progress: Whether to show a progress bar on a terminal.
+        batch_size: Images in a batch.
+        skip_unreadable: Leave out images that cannot be read, instead of raising.
+        workers: Number of processes that read images besides this one.
+        progress: Show a progress bar on a terminal.
 
     Raises:
-        ValueError: The model does not look at its scores, its scorer is dead, or no image has usable scores.
+        ValueError: The model does not use its scores, its scorer has no weights, or no image has usable scores.
         OSError: An image cannot be read.
     """
     if not len(images):
         raise ValueError("There is nothing to calibrate with: the data has no images.")
     if model.config.partition == "uniform":
-        raise ValueError("A model with partition='uniform' does not look at its scores: there is nothing to calibrate.")
+        raise ValueError("A model with partition='uniform' does not use its scores: there is nothing to calibrate.")
     model.require_scorer_weights()
     model.eval()
     collate = ImageClassificationCollator(image_processor, num_labels=1, skip_unreadable=skip_unreadable)
@@ -114,9 +121,11 @@ def calibrate_scores(
 
 @torch.inference_mode()
 def raw_scores(scorer: RegionScorer, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scorer's logits before they are standardised, (B, G, G) in float64 on the CPU; and which images' are usable.
+    """The scores of images (B, C, H, W) before they are standardised.
 
-    Those of the others, (B,), are constant, infinite or NaN.
+    Returns:
+        Logits (B, G, G) in float64 on the CPU, and which images are usable (B,): their logits are neither constant,
+        infinite nor NaN.
     """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hook = scorer.statistics.register_forward_hook(lambda _, given, result: seen.append((given[0], result)))
@@ -127,14 +136,14 @@ def raw_scores(scorer: RegionScorer, pixel_values: torch.Tensor) -> tuple[torch.
         scorer.config.score_normalization = before
         hook.remove()
     ((logits, standardized),) = seen
-    # What cannot be used is standardised to zero; of anything else at least two cells differ from their mean.
+    # Unusable scores are standardised to zeros. Usable ones have at least two cells that differ from the mean.
     return logits.cpu().double(), standardized.cpu().flatten(1).any(dim=1)
 
 
 def _collate_unlabelled(
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
-    """Batches of images without labels. Those that cannot be read are labelled as the collator does, others 0."""
+    """A batch of images without labels: the collator marks those that cannot be read, the others get the label 0."""
     return collate([{"image": row["image"], "label": 0} for row in rows])
 
 
@@ -150,19 +159,19 @@ def calibrate_model(
     workers: int = 0,
     progress: bool = False,
 ) -> Calibration:
-    """Load a model, calibrate its scores on a data set, and save it, with the record of its training but the metrics.
+    """Load a model, calibrate its scores on a data set, and save it with its `training.json`, but without the metrics.
 
     Args:
         source: The model, as for [`load_model`]. It needs no classifier.
         data, subset: The images, as for [`load_image_data`]. They need no labels.
-        output: Folder to write; it must not exist or be empty. It appears complete or not at all.
-        split: Of the data; the images that the model learned from are what its training would have seen.
-        limit: Use this many images, evenly spread over the data set.
+        output: Folder to write. It must be new or empty, and appears complete or not at all.
+        split: Split of the data. The images that the model learned from give the statistics of its training.
+        limit: Use at most this many images, evenly spread over the data set.
         batch_size, skip_unreadable, workers, progress: As for [`calibrate_scores`].
 
     Raises:
         ValueError: An argument is out of range, the data has no such split or no images, or see [`calibrate_scores`].
-        OSError: Model, data or an image cannot be had, or `output` is in use.
+        OSError: Model, data or an image cannot be read, or `output` is in use.
     """
     output = Path(output)
     check_output_folder(output)
@@ -175,7 +184,7 @@ def calibrate_model(
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         if record.is_file():
-            # What was measured belongs to the statistics that are replaced.
+            # The metrics were measured with the old statistics.
             facts = {name: fact for name, fact in json.loads(record.read_text()).items() if name != "metrics"}
             (folder / record.name).write_text(json.dumps(facts, indent=2) + "\n")
     return calibration

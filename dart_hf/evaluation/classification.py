@@ -1,56 +1,52 @@
-"""Accuracy and speed of a classifier at several token budgets, in one pass over a data set."""
+"""Evaluate a model at several token budgets, in one pass over a data set: its metrics and its speed."""
 
-import json
-import os
-import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
+import numpy as np
 import torch
-from transformers import BaseImageProcessor, PreTrainedModel
+from torch.utils.benchmark import timer
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
-from dart_hf.data.batches import evenly_spread, image_batches
-from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator
+from dart_hf.data.batches import image_batches
+from dart_hf.data.collator import ImageClassificationCollator, is_labelled
 from dart_hf.data.labels import class_names, match_labels
-from dart_hf.data.sources import load_image_data
-from dart_hf.environment import command_line, machine
-from dart_hf.evaluation.metrics import TOP, Accuracy, TopKAccuracy, likeliest_classes
-from dart_hf.files import absolute_source, atomic_write, weights_sha256
-from dart_hf.hub.loading import load_model
-from dart_hf.visualization import checked_picture_path, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from dart_hf.evaluation.metrics import TOP, Accuracy, TopKAccuracy, compute_metrics_for, likeliest_classes
 
 SCORE_NORMALIZATIONS = ("running", "image", "batch")
-# Rules of a model in whose place "image" stands unless the user asks for them, and why.
-REPLACED_RULES = {
-    "batch": "Score normalisation 'image' in place of the model's own, 'batch', under which answers depend on the "
-    "other images of a batch. It computes what 'batch' does when images come one at a time.",
-    "running": "Score normalisation 'image' in place of 'running': the model has no running statistics yet.",
-}
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """What a model does with a number of tokens.
+    """The results of a model with one token budget.
 
     Args:
-        num_patches: The number.
-        top1: Share of images whose class is the model's first answer, 0 to 1.
-        top5: Share of images whose class is among the first five; None of a model with five classes or fewer.
-        images_per_second: Of the model's forward alone, see [`evaluate_classifier`]; None where no batch was full.
+        num_patches: The budget.
+        metrics: Name -> value. For single-label classification `top1` and `top5`, shares from 0 to 1 (`top5` is None
+            for a model with five classes or fewer); else what [`compute_metrics_for`] gives.
+        images_per_second: The speed of the model alone, see [`evaluate_classifier`]; None if no batch was full.
     """
 
     num_patches: int
-    top1: float
-    top5: float | None
+    metrics: dict[str, float | None]
     images_per_second: float | None
+
+    @property
+    def top1(self) -> float:
+        """The share of images whose class is the model's first answer."""
+        return self.metrics["top1"]
+
+    @property
+    def top5(self) -> float | None:
+        """The share of images whose class is among the model's first five answers."""
+        return self.metrics["top5"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with the metrics among them."""
+        return {"num_patches": self.num_patches, **self.metrics, "images_per_second": self.images_per_second}
 
 
 @dataclass(frozen=True)
@@ -58,16 +54,17 @@ class Evaluation:
     """The results of [`evaluate_classifier`].
 
     Args:
-        num_images: How many images were classified.
-        num_unreadable: How many could not be read and were left out.
-        score_normalization: The rule that the scores were standardised by; None of a model that has equal regions
-            whatever their scores.
-        scorer_is_dead: Whether the scores are those of a scorer that never got weights.
+        problem_type: The model's task, in transformers' words.
+        num_images: Number of images that were evaluated.
+        num_unreadable: Number of images that could not be read and were left out.
+        score_normalization: The rule that standardised the scores; None for a model with `partition="uniform"`.
+        scorer_is_dead: Whether the scorer never got weights, so that regions did not follow the image.
         device, dtype: Where the model ran, and the type of its weights.
-        batch_size: Images at a time.
-        budgets: By number of tokens.
+        batch_size: Images in a batch.
+        budgets: The results, one for each budget.
     """
 
+    problem_type: str
     num_images: int
     num_unreadable: int
     score_normalization: str | None
@@ -79,27 +76,40 @@ class Evaluation:
 
 
 @dataclass
-class _Tally:
-    """What is known of a budget during the pass."""
+class _Outputs:
+    """What a model computed with one budget: an answer and a label for each image, and the time of each batch.
 
-    accuracy: Accuracy = field(default_factory=Accuracy)
-    top5_accuracy: TopKAccuracy = field(default_factory=TopKAccuracy)
+    The answers of single-label classification are the likeliest classes, and not the logits, which would take gigabytes
+    for a large data set with many classes.
+    """
+
+    task: str
+    num_labels: int
+    answers: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
     # Images and seconds of each batch.
     calls: list[tuple[int, float]] = field(default_factory=list)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, seconds: float) -> None:
-        classes = likeliest_classes(logits.float().cpu().numpy(), TOP)
-        self.accuracy.add_batch(predictions=classes[:, 0], references=labels.numpy())
-        if logits.shape[1] > TOP:
-            self.top5_accuracy.add_batch(predictions=classes, references=labels.numpy())
+        logits = logits.float().cpu().numpy()
+        self.answers.append(likeliest_classes(logits, TOP) if self.task == "single_label_classification" else logits)
+        self.labels.append(labels.numpy())
         self.calls.append((len(labels), seconds))
 
-    def result(self, num_patches: int, num_labels: int, batch_size: int) -> BudgetResult:
-        top1 = self.accuracy.compute()["accuracy"]
-        top5 = self.top5_accuracy.compute()[f"top{TOP}_accuracy"] if num_labels > TOP else None
-        # A smaller batch at the end, or one without its unreadable images, says little about speed.
+    def metrics(self) -> dict[str, float | None]:
+        answers, labels = np.concatenate(self.answers), np.concatenate(self.labels)
+        if self.task != "single_label_classification":
+            return compute_metrics_for(self.task)(EvalPrediction(answers, labels))
+        top1 = Accuracy().compute(predictions=answers[:, 0], references=labels)["accuracy"]
+        if self.num_labels <= TOP:
+            return {"top1": top1, "top5": None}
+        top5 = TopKAccuracy(TOP).compute(predictions=answers, references=labels)
+        return {"top1": top1, "top5": top5[f"top{TOP}_accuracy"]}
+
+    def images_per_second(self, batch_size: int) -> float | None:
+        # A smaller batch says little about speed: the last one, or one without its unreadable images.
         full = [seconds for images, seconds in self.calls if images == batch_size]
-        return BudgetResult(num_patches, top1, top5, batch_size * len(full) / sum(full) if full else None)
+        return batch_size * len(full) / sum(full) if full else None
 
 
 def evaluate_classifier(
@@ -114,33 +124,36 @@ def evaluate_classifier(
     workers: int = 0,
     progress: bool = False,
 ) -> Evaluation:
-    """Classify a data set at every budget. Each batch is read once; the budgets take turns in who has it first.
+    """Run a model on a data set with every token budget. Each batch is read once; the budgets take turns to be first.
 
-    The speed is that of the model's forward over full batches that lie on its device, the device waited for before and
-    after; reading, preparing and moving images is not in it. Every budget has one untimed call first. On a CPU,
-    `workers` take the model's time: leave them at 0 where the speed matters.
+    The metrics follow from the model's task: accuracies for one class per image, mean average precision and F1 for
+    several, errors for a regression.
+
+    The speed is that of the forward pass alone, over full batches that are on the model's device already. Reading,
+    preparing and moving images is not timed. Every budget has one untimed call first. On a CPU, `workers` compete with
+    the model; use none of them to measure speed.
 
     Args:
-        model: A DART classifier; it is put in evaluation mode. Its answers are among all its classes, also where the
-            data has only some of them.
+        model: A DART classifier or regressor; it is put in evaluation mode. It chooses among all its classes, even if
+            the data has only some of them.
         image_processor: Prepares the images.
-        data: Columns `image` and `label`, an index into `label_names`.
-        label_names: The data's classes; see [`match_labels`] for how they become the model's.
-        budgets: Numbers of tokens; the model's own without any.
-        batch_size: Images at a time.
-        score_normalization: Rule for standardising scores: `"running"`, `"image"`, or `"batch"`, under which accuracy
-            depends on the batch size and the order of the images. Without it the model's own. In place of `"batch"`
-            that is `"image"`, which computes what `"batch"` gives when images come one at a time, as
-            [`predict`] has them come; and so it is in place of `"running"` before there are any statistics. Not for a
-            model with `partition="uniform"`, which does not look at its scores.
-        skip_unreadable: Whether to leave out images that cannot be read, instead of raising.
-        workers: Processes that read images besides this one.
-        progress: Whether to show a progress bar on a terminal.
+        data: Columns `image` and `label`: an index into `label_names`, a list of indices for a multi-label model, a
+            number or a list of numbers for a regression.
+        label_names: The data's classes; [`match_labels`] finds them among the model's. A regression does not use them.
+        budgets: Numbers of tokens; by default the model's own.
+        batch_size: Images in a batch.
+        score_normalization: How scores are standardised: `"running"`, `"image"`, or `"batch"`, which makes the results
+            depend on the batch size and the order of the images. By default the model's own rule, with two exceptions
+            that use `"image"`: `"batch"`, because `"image"` gives the result that `"batch"` gives for single images, as
+            in [`predict`]; and `"running"` if the model has no statistics yet. Not for a model with
+            `partition="uniform"`, which does not use its scores.
+        skip_unreadable: Leave out images that cannot be read, instead of raising.
+        workers: Number of processes that read images besides this one.
+        progress: Show a progress bar on a terminal.
 
     Raises:
-        ValueError: An argument is out of range, the labels do not match the model's, or there is no image, or none
-            that can be read.
-        OSError: An image cannot be read.
+        ValueError: An argument is out of range, the labels do not match the model's, or no image could be read.
+        OSError: An image cannot be read and `skip_unreadable` is False.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -149,40 +162,42 @@ def evaluate_classifier(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if model.config.problem_type not in (None, "single_label_classification"):
-        raise ValueError(f"Accuracy needs one class for each image; the model's task is {model.config.problem_type!r}.")
     if not len(data):
         raise ValueError("There is nothing to evaluate: the data has no images.")
+    task = problem_type_of(model)
     budgets = list(dict.fromkeys(budgets)) or [model.config.num_patches]
-    rule = _rule_of_scores(model, score_normalization)
-    try:
-        classes = torch.tensor(match_labels(label_names, class_names(model)))
-    except ValueError as error:
-        raise ValueError(f"The labels of the data do not match the model's: {error}") from error
-    collate = ImageClassificationCollator(image_processor, len(label_names), skip_unreadable=skip_unreadable)
+    rule = _score_rule(model, score_normalization)
+    num_labels = model.config.num_labels if task == "regression" else len(label_names)
+    collate = ImageClassificationCollator(
+        image_processor, num_labels, skip_unreadable=skip_unreadable, problem_type=task
+    )
+    classes = None if task == "regression" else _classes_of_model(label_names, model)
 
     model.eval()
-    tallies = {budget: _Tally() for budget in budgets}
+    outputs = {budget: _Outputs(task, model.config.num_labels) for budget in budgets}
     num_unreadable = 0
-    with _scores_standardized_by(model, rule), torch.inference_mode():
+    with _score_rule_applied(model, rule), torch.inference_mode():
         for number, batch in enumerate(image_batches(data, collate, batch_size, workers, progress)):
             pixel_values, labels = batch["pixel_values"], batch["labels"]
-            readable = labels != IGNORED_LABEL
+            readable = is_labelled(labels)
             if not readable.all():
                 num_unreadable += int((~readable).sum())
                 pixel_values, labels = pixel_values[readable], labels[readable]
             if not len(labels):
                 continue
             pixel_values = pixel_values.to(model.device)
+            labels = _labels_of_model(labels, classes, model.config.num_labels)
             turn = number % len(budgets)
             for budget in (*budgets[turn:], *budgets[:turn]):
-                if not tallies[budget].calls:
+                if not outputs[budget].calls:
                     _try_budget(model, pixel_values, budget)
-                logits, seconds = _timed_forward(model, pixel_values, budget)
-                tallies[budget].add(logits, classes[labels], seconds)
+                started = timer()
+                logits = model(pixel_values, num_patches=budget).logits
+                outputs[budget].add(logits, labels, timer() - started)
     if num_unreadable == len(data):
         raise ValueError(f"There is nothing to evaluate: none of the {len(data)} images could be read.")
     return Evaluation(
+        problem_type=task,
         num_images=len(data) - num_unreadable,
         num_unreadable=num_unreadable,
         score_normalization=rule,
@@ -190,12 +205,39 @@ def evaluate_classifier(
         device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
         batch_size=batch_size,
-        budgets=[tallies[budget].result(budget, model.config.num_labels, batch_size) for budget in budgets],
+        budgets=[
+            BudgetResult(budget, outputs[budget].metrics(), outputs[budget].images_per_second(batch_size))
+            for budget in budgets
+        ],
     )
 
 
+def problem_type_of(model: PreTrainedModel) -> str:
+    """The task of a model. If its configuration does not name it, transformers' rule decides: one label is a number."""
+    if model.config.problem_type is not None:
+        return model.config.problem_type
+    return "regression" if model.config.num_labels == 1 else "single_label_classification"
+
+
+def _classes_of_model(label_names: Sequence[str], model: PreTrainedModel) -> torch.Tensor:
+    """The model's class of each of the data's classes."""
+    try:
+        return torch.tensor(match_labels(label_names, class_names(model)))
+    except ValueError as error:
+        raise ValueError(f"The labels of the data do not match the model's: {error}") from error
+
+
+def _labels_of_model(labels: torch.Tensor, classes: torch.Tensor | None, num_labels: int) -> torch.Tensor:
+    """Labels of the data -> the model's: indices (B,), zeros and ones (B, num_labels), or numbers as they are."""
+    if classes is None:
+        return labels
+    if labels.ndim == 1:
+        return classes[labels]
+    return labels.new_zeros(len(labels), num_labels).index_copy_(1, classes, labels)
+
+
 def _try_budget(model: PreTrainedModel, pixel_values: torch.Tensor, num_patches: int) -> None:
-    """The untimed first call, in which it shows whether there is memory for so many tokens."""
+    """The untimed first call, which shows whether there is enough memory."""
     try:
         model(pixel_values, num_patches=num_patches)
     except RuntimeError as error:
@@ -207,30 +249,14 @@ def _try_budget(model: PreTrainedModel, pixel_values: torch.Tensor, num_patches:
         ) from error
 
 
-def _timed_forward(model: PreTrainedModel, pixel_values: torch.Tensor, num_patches: int) -> tuple[torch.Tensor, float]:
-    """Logits, and the seconds that they took."""
-    _wait_for(model.device)
-    started = time.perf_counter()
-    logits = model(pixel_values, num_patches=num_patches).logits
-    _wait_for(model.device)
-    return logits, time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-# Scores -----------------------------------------------------------------------------------------------------------
-
-
-def _rule_of_scores(model: PreTrainedModel, asked: str | None) -> str | None:
+def _score_rule(model: PreTrainedModel, asked: str | None) -> str | None:
+    """The rule that standardises the scores in this evaluation."""
     if asked not in (None, *SCORE_NORMALIZATIONS):
         raise ValueError(f"score_normalization must be one of {', '.join(SCORE_NORMALIZATIONS)}, got {asked!r}.")
     if model.config.partition == "uniform":
         if asked is not None:
             raise ValueError(
-                f"score_normalization: a model with partition='uniform' does not look at its scores, got {asked!r}."
+                f"score_normalization: a model with partition='uniform' does not use its scores, got {asked!r}."
             )
         return None
     has_statistics = model.scorer.statistics.num_batches_tracked.item() > 0
@@ -245,180 +271,10 @@ def _rule_of_scores(model: PreTrainedModel, asked: str | None) -> str | None:
 
 
 @contextmanager
-def _scores_standardized_by(model: PreTrainedModel, rule: str | None) -> Iterator[None]:
+def _score_rule_applied(model: PreTrainedModel, rule: str | None) -> Iterator[None]:
     before = model.config.score_normalization
     model.config.score_normalization = rule or before
     try:
         yield
     finally:
         model.config.score_normalization = before
-
-
-# Reports ----------------------------------------------------------------------------------------------------------
-
-
-def run_evaluation(
-    source: str | os.PathLike,
-    data: str | os.PathLike,
-    budgets: Sequence[int] = (),
-    subset: str | None = None,
-    split: str | None = None,
-    held_out: float = 0.0,
-    limit: int | None = None,
-    batch_size: int = 32,
-    score_normalization: str | None = None,
-    skip_unreadable: bool = False,
-    workers: int = 0,
-    output: str | os.PathLike | None = None,
-    plot: str | os.PathLike | None = None,
-    say: Callable[[str], None] = print,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Load a model and a data set, evaluate, and report.
-
-    Args:
-        source: The model, as for [`load_model`].
-        data, subset, split: The images, as for [`load_image_data`]; `split` is its `evaluation_split`.
-        held_out: Use the share of the training images that a training with this `held_out` evaluated with.
-        limit: Use this many images, evenly spread over the data set.
-        budgets, batch_size, score_normalization, skip_unreadable, workers, progress: As for [`evaluate_classifier`].
-        output: JSON file for what is returned.
-        plot: Picture of the accuracies by number of tokens, in the format that its name ends in.
-        say: Takes each line meant for the reader.
-
-    Returns:
-        The fields of [`Evaluation`]; `model` and `data` (`source`, `subset`, `split`), as full paths where they are
-        here; `weights_sha256`, see [`weights_sha256`], None unless the model's safetensors files are here;
-        `processor`, `threads`, `command` and `versions`.
-
-    Raises:
-        ValueError: An argument is out of range, the data has no such split, no images or other labels than the model,
-            or see [`evaluate_classifier`].
-        OSError: Model, data or an image cannot be had, or a file cannot be written.
-    """
-    if plot is not None:
-        checked_picture_path(plot)
-    if output is not None:
-        _check_writable(Path(output))
-    digest = weights_sha256(Path(source)) if any(Path(source).glob("model*.safetensors")) else None
-    model, image_processor = load_model(source)
-    if held_out:
-        loaded = load_image_data(data, subset, held_out=held_out)
-        if split is not None or loaded.evaluation_split is not None:
-            raise ValueError(
-                "held_out is for data without a split to evaluate with; here there is "
-                f"{split or loaded.evaluation_split!r}."
-            )
-    else:
-        loaded = load_image_data(data, subset, train_split=None, evaluation_split=split)
-    images = evenly_spread(loaded.evaluation, limit)
-    evaluation = evaluate_classifier(
-        model,
-        image_processor,
-        images,
-        loaded.label_names,
-        budgets,
-        batch_size,
-        score_normalization,
-        skip_unreadable,
-        workers,
-        progress,
-    )
-    own = model.config.score_normalization
-    if score_normalization is None and evaluation.score_normalization not in (None, own):
-        say(REPLACED_RULES[own])
-    where = machine(evaluation.device)
-    results = {
-        "model": absolute_source(os.fspath(source)),
-        "weights_sha256": digest,
-        "data": {
-            "source": absolute_source(os.fspath(data)),
-            "subset": subset,
-            "split": "held out of train" if held_out else split or str(images.split),
-        },
-        **asdict(evaluation),
-        "processor": where["gpu"] or where["processor"],
-        "threads": where["threads"],
-        "command": command_line(),
-        "versions": where["packages"],
-    }
-    for line in table(results):
-        say(line)
-    if output is not None:
-        with atomic_write(Path(output)) as unfinished:
-            unfinished.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        say(f"Wrote {output}")
-    if plot is not None:
-        say(f"Wrote {save_figure(draw_accuracy(results), plot)}")
-    return results
-
-
-def parse_budgets(text: str) -> list[int]:
-    """`"121,196"` -> `[121, 196]`.
-
-    Raises:
-        ValueError: There is something else than whole numbers of at least 1 between the commas.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]+", part) and int(part) for part in parts):
-        raise ValueError(f"num_patches must be whole numbers of at least 1 with commas between, got {text!r}.")
-    return [int(part) for part in parts]
-
-
-def table(results: dict[str, Any]) -> Iterator[str]:
-    """The results as lines of text."""
-    data, rule = results["data"], results["score_normalization"]
-    yield (
-        f"{results['num_images']:,} images of {data['source']} ({data['split']}); {results['processor']}, "
-        f"{results['dtype']}, batch {results['batch_size']}; "
-        f"{f'score normalisation {rule!r}' if rule else 'equal regions'}"
-    )
-    if results["scorer_is_dead"]:
-        yield "The scorer has no weights: these are results of regions that do not follow the image."
-    if results["num_unreadable"]:
-        yield f"{results['num_unreadable']:,} more could not be read and are left out."
-    yield "  ".join(f"{head:>8}" for head in ("tokens", "top-1", "top-5", "images/s"))
-    for budget in results["budgets"]:
-        top5 = "–" if budget["top5"] is None else f"{budget['top5']:.2%}"
-        cells = (str(budget["num_patches"]), f"{budget['top1']:.2%}", top5, _speed(budget))
-        yield "  ".join(f"{cell:>8}" for cell in cells)
-    if any(budget["images_per_second"] is None for budget in results["budgets"]):
-        yield f"No speed: there was no full batch of {results['batch_size']} images."
-
-
-def _speed(budget: dict[str, Any]) -> str:
-    speed = budget["images_per_second"]
-    return "–" if speed is None else f"{speed:.1f}"
-
-
-def draw_accuracy(results: dict[str, Any]) -> "Figure":
-    """The accuracies by number of tokens, with the throughput at each."""
-    from matplotlib.figure import Figure
-
-    budgets = sorted(results["budgets"], key=lambda budget: budget["num_patches"])
-    tokens = [budget["num_patches"] for budget in budgets]
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for key, name, colour in (("top5", "top-5", "#1b9e77"), ("top1", "top-1", "#d95f02")):
-        if budgets[0][key] is not None:
-            axes.plot(tokens, [100 * budget[key] for budget in budgets], marker="o", color=colour, label=name)
-    for budget in budgets:
-        place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
-        at = (budget["num_patches"], 100 * budget["top1"])
-        axes.annotate(f"{_speed(budget)} images/s", at, fontsize=8, **place)
-    axes.margins(0.15)
-    axes.set_xticks(tokens)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(
-        f"{Path(results['model']).name}, {results['num_images']:,} images of {Path(results['data']['source']).name}"
-    )
-    axes.legend()
-    return figure
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"output: {path} is a folder; give a file.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"output: there is no folder {str(path.parent)!r}.")

@@ -1,4 +1,4 @@
-"""Where the tokens went, in numbers."""
+"""Count the regions on an object, to see in numbers where the tokens went."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ BATCH_SIZE = 90
 
 
 def regions_on_boxes(regions: Regions, boxes: torch.Tensor) -> torch.Tensor:
-    """How many regions lie on a box of each image; a region counts with the share of its area that is inside.
+    """Count the regions on a box of each image. A region counts with the share of its area that is inside the box.
 
-    Of an even partition that is the number of regions times the box's share of the image.
+    For an even partition this is the number of regions times the box's share of the image.
 
     Args:
-        regions: Of B images.
+        regions: The regions of B images.
         boxes: (B, 4) as x0, y0, x1, y1 in pixels.
 
     Returns:
         (B,), from 0 to the number of regions.
     """
-    rectangles, tokens = regions.boxes()
+    rectangles, tokens = regions.boxes()[:2]
     boxes = boxes.to(rectangles)[:, None]
     areas = (rectangles[..., 2:] - rectangles[..., :2]).prod(dim=-1)
     starts = torch.maximum(rectangles[..., :2], boxes[..., :2])
@@ -40,15 +40,15 @@ def regions_on_boxes(regions: Regions, boxes: torch.Tensor) -> torch.Tensor:
 def count_regions_on_boxes(
     model: PreTrainedModel, image_processor: BaseImageProcessor, data: Dataset
 ) -> dict[str, float]:
-    """The mean of [`regions_on_boxes`] over a data set, under the model's own partition and under the even one.
+    """The mean of [`regions_on_boxes`] over a data set, with the model's own partition and with the even one.
 
     Args:
         model: Any DART model; it is put in evaluation mode.
-        image_processor: Must leave the size of the images as it is, because the boxes are in their pixels.
+        image_processor: It must not change the size of the images, because the boxes are in their pixels.
         data: Columns `image` and `box`.
 
     Returns:
-        `learned`: under the partition that the model is configured for. `uniform`: under the even one.
+        `learned`: the mean with the partition of the model's configuration. `uniform`: with the even partition.
     """
     model.eval()
     learned = model.config.partition

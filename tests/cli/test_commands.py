@@ -43,6 +43,16 @@ def test_predict_prints_json(run, folder, model, processor):
         assert list(answers.values()) == sorted(answers.values(), reverse=True)
 
 
+def test_predict_answers_for_readable_files_and_names_the_others(run, folder):
+    result = run("predict", "text.png", "photos/test/cup", "--model", "model", "--top-k", "1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("dart-hf: Cannot read 'text.png' as an image") and result.stderr.count("\n") == 1
+    names = [str(path) for path in sorted(Path("photos/test/cup").iterdir())]
+    assert names and result.stdout.splitlines()[::2] == names
+    skipped = run("predict", "text.png", "photos/test/cup", "--model", "model", "--top-k", "1", "--skip-unreadable")
+    assert (skipped.exit_code, skipped.stdout, skipped.stderr) == (0, result.stdout, result.stderr)
+
+
 @pytest.mark.parametrize("name", ["model", "encoder"])
 def test_visualize_writes_an_image(run, folder, tmp_path, name):
     plain, scores = tmp_path / "plain.png", tmp_path / "scores.png"
@@ -76,7 +86,7 @@ def test_evaluate_prints_a_table_and_writes_results(run, folder, tmp_path):
     assert (results["num_images"], results["score_normalization"], results["batch_size"]) == (4, "image", 3)
     assert [budget["num_patches"] for budget in results["budgets"]] == [9, 16]
     rule, about, heads, *rows, wrote_json, wrote_plot = result.stdout.splitlines()
-    assert "'image' in place of the model's own, 'batch'" in rule
+    assert "'image' instead of the model's own 'batch'" in rule
     assert about.startswith(f"4 images of {folder / 'photos'} (test); ")
     assert heads.split() == ["tokens", "top-1", "top-5", "images/s"]
     for row, budget in zip(rows, results["budgets"], strict=True):

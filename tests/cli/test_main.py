@@ -57,8 +57,7 @@ CALIBRATE = ["calibrate", "--model", "model", "--data"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["predict", "none.png", "--model", "model"], "There is no image file 'none.png'"),
-        (["predict", "cup.png", "text.png", "--model", "model"], "Cannot read 'text.png' as an image"),
+        (["predict", "none.png", "--model", "model"], "There is no image file or folder 'none.png'"),
         (["predict", "half.png", "--model", "model"], "Cannot read 'half.png' as an image: image file is truncated"),
         ([*PREDICT, "empty"], "'empty' holds no model: it has no config.json"),
         ([*PREDICT, "vit"], "'vit', not a DART model"),

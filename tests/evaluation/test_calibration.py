@@ -1,4 +1,4 @@
-"""Calibration: the statistics of all images at once, and predictions that need no company."""
+"""Calibration: the statistics are those of all images, and predictions no longer depend on the batch."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ IMAGES = 11
 
 @pytest.fixture(scope="module")
 def converted() -> DartForImageClassification:
-    """A model as conversion leaves it: with the published rule, and without running statistics."""
+    """A model as conversion makes it: with the published rule for scores and without running statistics."""
     return tiny_classifier()
 
 
@@ -38,14 +38,14 @@ def processor() -> DartImageProcessor:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    """Parts of a photograph that differ in how much there is to see."""
+    """Parts of a photograph, some with more detail than others."""
     photograph = photographs.astronaut()
     return [Image.fromarray(photograph[row : row + 64, row // 2 : row // 2 + 64]) for row in range(0, 40 * IMAGES, 40)]
 
 
 @pytest.fixture(scope="module")
 def images(pictures) -> Dataset:
-    """Undecoded and without labels."""
+    """The images, undecoded and without labels."""
     rows = []
     for picture in pictures:
         file = io.BytesIO()
@@ -64,7 +64,7 @@ def statistics_of(model) -> tuple[float, float]:
 
 
 def statistics_of_one_batch(model, pixel_values) -> tuple[float, float]:
-    """What a first training step on all of the images at once would track."""
+    """The statistics after a first training step on all images together."""
     model = copy.deepcopy(model)
     model.config.score_normalization = "running"
     model.scorer.statistics.train()
@@ -79,7 +79,7 @@ def logits_of(model, pixel_values) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_the_statistics_are_those_of_one_batch(model, processor, images, pixel_values, batch_size):
+def test_statistics_are_those_of_one_batch(model, processor, images, pixel_values, batch_size):
     found = calibrate_scores(model.train(), processor, images, batch_size=batch_size)
     expected = statistics_of_one_batch(model, pixel_values)
     assert statistics_of(model) == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -91,7 +91,7 @@ def test_the_statistics_are_those_of_one_batch(model, processor, images, pixel_v
     assert model.config.score_normalization == "running"
 
 
-def test_predictions_are_those_of_that_batch_and_need_no_neighbours(model, processor, images, pixel_values):
+def test_predictions_no_longer_depend_on_the_batch(model, processor, images, pixel_values):
     together = logits_of(model, pixel_values)
     alone = torch.cat([logits_of(model, image[None]) for image in pixel_values])
     assert (together - alone).abs().max() > 1e-2
@@ -101,8 +101,8 @@ def test_predictions_are_those_of_that_batch_and_need_no_neighbours(model, proce
     assert torch.allclose(alone, together, atol=1e-4)
 
 
-def test_parts_join_to_the_moments_of_the_whole():
-    """Also far from zero, where sums of squares would lose everything."""
+def test_moments_of_parts_give_those_of_the_whole():
+    """Also far from zero, where sums of squares would lose all digits."""
     logits = 1e7 + torch.randn(10, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[7:] += 5
     moments = Calibration()
@@ -130,7 +130,7 @@ def test_unusable_images_enter_no_statistics(model, pixel_values):
     assert (moments.num_images, moments.num_unusable) == (IMAGES - 2, 3)
 
 
-def test_raw_scores_leave_the_scorer_as_it_was(model, pixel_values):
+def test_raw_scores_do_not_change_the_scorer(model, pixel_values):
     before = copy.deepcopy(model.state_dict())
     logits, _ = raw_scores(model.scorer, pixel_values)
     assert logits.dtype == torch.float64 and logits.shape == (IMAGES, 4, 4)
@@ -140,7 +140,7 @@ def test_raw_scores_leave_the_scorer_as_it_was(model, pixel_values):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image(model, processor, images, workers):
+def test_unreadable_image_is_named_or_skipped(model, processor, images, workers):
     rows = images.to_list()
     rows.insert(3, {"image": {"bytes": rows[3]["image"]["bytes"][:60], "path": "half.png"}})
     damaged = Dataset.from_list(rows)
@@ -153,7 +153,7 @@ def test_an_unreadable_image(model, processor, images, workers):
     assert (found.mean, found.variance) == pytest.approx((expected.mean, expected.variance))
 
 
-def test_there_must_be_usable_scores(model, processor, images):
+def test_images_without_usable_scores_are_refused(model, processor, images):
     with torch.inference_mode():
         model.scorer.head.fc2.weight.zero_()
     with pytest.raises(ValueError, match="None of the 11 images gives scores"):
@@ -163,9 +163,9 @@ def test_there_must_be_usable_scores(model, processor, images):
         calibrate_scores(model, processor, images.select([]))
 
 
-def test_the_scores_must_matter(model, processor, images):
+def test_models_that_do_not_use_their_scores_are_refused(model, processor, images):
     model.config.partition = "uniform"
-    with pytest.raises(ValueError, match="partition='uniform' does not look at its scores"):
+    with pytest.raises(ValueError, match="partition='uniform' does not use its scores"):
         calibrate_scores(model, processor, images)
     model.config.partition = "flow"
     model.freeze_scorer()
@@ -187,13 +187,13 @@ def photos(pictures, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("kind", [DartForImageClassification, DartModel])
-def test_a_calibrated_model_is_saved(model, processor, pixel_values, photos, tmp_path, kind):
+def test_calibrated_model_is_saved(model, processor, pixel_values, photos, tmp_path, kind):
     model = model if kind is DartForImageClassification else model.dart
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "training.json").write_text('{"steps": 7, "metrics": {"eval_accuracy": 0.5}}')
     calibrate_model(tmp_path / "model", photos, tmp_path / "calibrated", batch_size=4)
-    # Not the metrics, which belong to the statistics that are replaced.
+    # Without the metrics, which were measured with the old statistics.
     assert json.loads((tmp_path / "calibrated" / "training.json").read_text()) == {"steps": 7}
     loaded, loaded_processor = load_model(tmp_path / "calibrated", needs_classifier=False)
     assert isinstance(loaded, kind)
@@ -209,7 +209,7 @@ def test_a_calibrated_model_is_saved(model, processor, pixel_values, photos, tmp
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_a_limit_takes_images_from_everywhere(model, processor, pixel_values, photos, tmp_path):
+def test_limit_takes_images_from_everywhere(model, processor, pixel_values, photos, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     found = calibrate_model(tmp_path / "model", photos, tmp_path / "calibrated", limit=3)
@@ -218,7 +218,7 @@ def test_a_limit_takes_images_from_everywhere(model, processor, pixel_values, ph
     assert (found.mean, found.variance) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_a_mistake_leaves_nothing(model, processor, photos, tmp_path):
+def test_mistake_leaves_nothing(model, processor, photos, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     before = set(tmp_path.iterdir())

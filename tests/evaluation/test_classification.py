@@ -1,11 +1,6 @@
-"""Accuracy and speed at several budgets: right numbers, from one pass, with classes matched by name."""
+"""Metrics and speed at several budgets, in one pass, with classes matched by name."""
 
-import hashlib
 import io
-import json
-import os
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,23 +10,17 @@ from datasets import Dataset
 from helpers.tiny_models import tiny_classifier
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score, f1_score
 
 import dart_hf.evaluation.classification
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
-from dart_hf.data.sources import load_image_data
-from dart_hf.evaluation.classification import (
-    draw_accuracy,
-    evaluate_classifier,
-    parse_budgets,
-    run_evaluation,
-    table,
-)
+from dart_hf.evaluation.classification import evaluate_classifier
 from dart_hf.modeling.region_scorer import RegionScorer
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six"]
 BUDGETS = [9, 16]
 IMAGES = 26
-# Between logits of the same image in batches of different sizes.
+# For logits of the same image in batches of different sizes.
 TOLERANCE = 1e-4
 
 
@@ -62,7 +51,7 @@ def data() -> Dataset:
 
 
 def logits_of(model, processor, data, num_patches: int, batch_size: int = 1, **settings) -> np.ndarray:
-    """Logits (B, num_labels), computed without anything that is tested here."""
+    """Logits (B, num_labels), computed without the code under test."""
     images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in data]
     found = []
     with torch.no_grad():
@@ -79,8 +68,8 @@ def top(logits: np.ndarray, labels: list[int], k: int) -> float:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_accuracies_are_those_of_the_images_one_by_one(model, processor, data):
-    """The model's own rule would make them depend on their neighbours."""
+def test_accuracies_are_those_of_single_images(model, processor, data):
+    """With the model's own rule for scores they would depend on the other images of a batch."""
     found = evaluate_classifier(model, processor, data, NAMES, BUDGETS, batch_size=8)
     assert (found.num_images, found.num_unreadable, found.score_normalization) == (IMAGES, 0, "image")
     assert (found.device, found.dtype, found.batch_size) == (model.device.type, "float32", 8)
@@ -93,7 +82,7 @@ def test_accuracies_are_those_of_the_images_one_by_one(model, processor, data):
     assert found.budgets[0].top1 != found.budgets[1].top1
 
 
-def test_the_published_rule_by_choice(model, processor, data, monkeypatch):
+def test_published_score_rule_is_used_on_request(model, processor, data, monkeypatch):
     seen = []
     monkeypatch.setattr(
         dart_hf.evaluation.classification, "likeliest_classes", lambda logits, k: seen.append(logits) or logits[:, :5]
@@ -104,12 +93,12 @@ def test_the_published_rule_by_choice(model, processor, data, monkeypatch):
     assert np.concatenate(seen) != pytest.approx(logits_of(model, processor, data, 9), abs=100 * TOLERANCE)
 
 
-def test_without_budgets_the_models_own(model, processor, data):
+def test_default_budget_is_the_models_own(model, processor, data):
     found = evaluate_classifier(model, processor, data.select(range(2)), NAMES)
     assert [result.num_patches for result in found.budgets] == [model.config.num_patches]
 
 
-def test_five_answers_only_where_there_are_more_classes(model, processor, data):
+def test_no_top5_with_five_classes_or_fewer(model, processor, data):
     config = DartConfig.from_dict({**model.config.to_dict(), "id2label": {0: "zero", 1: "one"}})
     found = evaluate_classifier(
         DartForImageClassification(config).eval(), processor, data.select([0, 1]), ["zero", "one"]
@@ -120,18 +109,9 @@ def test_five_answers_only_where_there_are_more_classes(model, processor, data):
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Time that passes only as told."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-def test_each_batch_is_read_once_and_the_budgets_take_turns(model, processor, data, monkeypatch):
-    clock, calls = Clock(), []
+def test_each_batch_is_read_once_and_budgets_take_turns(model, processor, data, monkeypatch):
+    # The time passes only where the test says so.
+    clock, calls = SimpleNamespace(now=0.0), []
 
     def prepare(images, **settings):
         clock.now += 1000
@@ -145,7 +125,7 @@ def test_each_batch_is_read_once_and_the_budgets_take_turns(model, processor, da
         clock.now += 500 if first or len(pixel_values) < 8 else num_patches
         return SimpleNamespace(logits=torch.zeros(len(pixel_values), len(NAMES)))
 
-    monkeypatch.setattr(dart_hf.evaluation.classification, "time", clock)
+    monkeypatch.setattr(dart_hf.evaluation.classification, "timer", lambda: clock.now)
     monkeypatch.setattr(model, "forward", forward)
     found = evaluate_classifier(model, prepare, data, NAMES, [9, 16, 25], batch_size=8)
     untimed = [8, 9, 9, 16, 16, 25, 25]
@@ -153,23 +133,22 @@ def test_each_batch_is_read_once_and_the_budgets_take_turns(model, processor, da
     assert [result.images_per_second for result in found.budgets] == [8 / 9, 8 / 16, 8 / 25]
 
 
-def test_a_small_batch_tells_no_speed(model, processor, data):
+def test_no_speed_without_a_full_batch(model, processor, data):
     found = evaluate_classifier(model, processor, data.select(range(3)), NAMES, BUDGETS, batch_size=4)
     assert [result.images_per_second for result in found.budgets] == [None, None]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_tokens_without_memory_for_them(model, processor, data, workers):
+def test_budget_that_needs_too_much_memory_is_refused(model, processor, data):
     with pytest.raises(ValueError, match="num_patches: 99999999 tokens for each of 3 images need more memory than"):
-        evaluate_classifier(model, processor, data.select(range(3)), NAMES, [9, 99999999], workers=workers)
+        evaluate_classifier(model, processor, data.select(range(3)), NAMES, [9, 99999999])
 
 
-def test_a_budget_named_twice_counts_once(model, processor, data):
+def test_repeated_budget_counts_once(model, processor, data):
     found = evaluate_classifier(model, processor, data.select([0]), NAMES, [16, 9, 16])
     assert [result.num_patches for result in found.budgets] == [16, 9]
 
 
-def test_the_model_is_as_before(model, processor, data, monkeypatch):
+def test_model_keeps_its_score_rule(model, processor, data, monkeypatch):
     evaluate_classifier(model.train(), processor, data.select([0]), NAMES)
     assert not model.training
     assert model.config.score_normalization == "batch"
@@ -191,15 +170,14 @@ def damaged(data) -> Dataset:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named(model, processor, damaged, workers):
+def test_unreadable_image_is_named(model, processor, damaged, workers):
     with pytest.raises(OSError, match=r"^The image 'half.png' cannot be read") as caught:
         evaluate_classifier(model, processor, damaged, NAMES, workers=workers)
     assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (5, 0), (3, 1)])
-@pytest.mark.parametrize("rule", ["image", "batch"])
-def test_an_unreadable_image_is_left_out_by_choice(model, processor, damaged, monkeypatch, batch_size, workers, rule):
+@pytest.mark.parametrize(("batch_size", "workers", "rule"), [(1, 0, "image"), (3, 1, "image"), (5, 0, "batch")])
+def test_skip_unreadable_leaves_the_image_out(model, processor, damaged, monkeypatch, batch_size, workers, rule):
     seen = []
     monkeypatch.setattr(
         dart_hf.evaluation.classification, "likeliest_classes", lambda logits, k: seen.append(logits) or logits[:, :5]
@@ -210,14 +188,14 @@ def test_an_unreadable_image_is_left_out_by_choice(model, processor, damaged, mo
     readable = damaged.select([0, 1, 3, 4])
     if rule == "image":
         assert np.concatenate(seen) == pytest.approx(logits_of(model, processor, readable, 9), abs=TOLERANCE)
-    elif batch_size == 5:
-        # The picture that stands for it is not among its neighbours.
+    else:
+        # The placeholder of the damaged image is not part of the batch.
         assert np.concatenate(seen) == pytest.approx(
             logits_of(model, processor, readable, 9, batch_size=4), abs=TOLERANCE
         )
 
 
-def test_nothing_can_be_read(model, processor, damaged):
+def test_data_without_readable_images_is_refused(model, processor, damaged):
     with pytest.raises(ValueError, match="the data has no images"):
         evaluate_classifier(model, processor, damaged.select([]), NAMES)
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
@@ -227,7 +205,7 @@ def test_nothing_can_be_read(model, processor, damaged):
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def test_classes_in_another_order_and_only_some(model, processor, data):
+def test_classes_are_matched_by_name(model, processor, data):
     names = ["Five", "zero", "THREE"]
     rows = [
         {**row, "label": names.index(name)} for row in data for name in names if NAMES[row["label"]] == name.lower()
@@ -241,7 +219,7 @@ def test_classes_in_another_order_and_only_some(model, processor, data):
 # --- rules and arguments ----------------------------------------------------------------------------------------------
 
 
-def test_running_statistics_are_used_once_there_are_any(model, processor, data):
+def test_running_statistics_are_used_if_there_are_any(model, processor, data):
     statistics = model.scorer.statistics
     with pytest.raises(ValueError, match="needs statistics, and the model has none: 'dart-hf calibrate'"):
         evaluate_classifier(model, processor, data, NAMES, score_normalization="running")
@@ -255,7 +233,7 @@ def test_running_statistics_are_used_once_there_are_any(model, processor, data):
         model.config.score_normalization = "batch"
 
 
-def test_equal_regions_have_no_rule(model, processor, data, monkeypatch):
+def test_uniform_partition_has_no_score_rule(model, processor, data, monkeypatch):
     monkeypatch.setattr(model.config, "partition", "uniform")
     monkeypatch.setattr(RegionScorer, "is_dead", True)
     found = evaluate_classifier(model, processor, data.select([0]), NAMES)
@@ -264,7 +242,7 @@ def test_equal_regions_have_no_rule(model, processor, data, monkeypatch):
         evaluate_classifier(model, processor, data, NAMES, score_normalization="image")
 
 
-def test_a_dead_scorer_is_recorded(model, processor, data, monkeypatch):
+def test_dead_scorer_is_recorded(model, processor, data, monkeypatch):
     assert evaluate_classifier(model, processor, data.select([0]), NAMES).scorer_is_dead is False
     monkeypatch.setattr(RegionScorer, "is_dead", True)
     assert evaluate_classifier(model, processor, data.select([0]), NAMES).scorer_is_dead is True
@@ -279,178 +257,44 @@ def test_a_dead_scorer_is_recorded(model, processor, data, monkeypatch):
         ({"score_normalization": "layer"}, "score_normalization must be one of running, image, batch, got 'layer'"),
     ],
 )
-def test_arguments_out_of_range(model, processor, data, settings, words):
+def test_arguments_out_of_range_are_refused(model, processor, data, settings, words):
     with pytest.raises(ValueError, match=words):
         evaluate_classifier(model, processor, data, NAMES, **settings)
 
 
-def test_several_classes_for_an_image_have_no_accuracy(model, processor, data, monkeypatch):
+# --- other tasks ------------------------------------------------------------------------------------------------------
+
+
+def with_labels(data: Dataset, labels: list) -> Dataset:
+    return data.select(range(len(labels))).remove_columns("label").add_column("label", labels)
+
+
+def test_multi_label_metrics_count_the_models_labels(model, processor, data, monkeypatch):
+    """The data has some of the model's labels, in another order. scikit-learn gives the same numbers."""
     monkeypatch.setattr(model.config, "problem_type", "multi_label_classification")
-    with pytest.raises(ValueError, match=r"needs one class for each image; .* 'multi_label_classification'"):
-        evaluate_classifier(model, processor, data, NAMES)
-
-
-def test_budgets_in_a_line():
-    assert parse_budgets("121, 196,392") == [121, 196, 392]
-    for text in ("121,abc", "0", "121,,196", "-1", "1.5", ""):
-        with pytest.raises(ValueError, match=f"num_patches must be whole numbers of at least 1 .*, got '{text}'"):
-            parse_budgets(text)
-
-
-# --- reports ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def photos(data, tmp_path_factory) -> Path:
-    """The images in one folder for each class."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number, row in enumerate(data):
-        path = folder / "test" / NAMES[row["label"]] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(row["image"]["bytes"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def saved(model, processor, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def test_a_run_reports_facts(model, processor, data, photos, saved, tmp_path, monkeypatch):
-    lines = []
-    output, plot = tmp_path / "evaluation.json", tmp_path / "plot.png"
-    monkeypatch.chdir(saved.parent)
-    source, data_source = saved.name, os.path.relpath(photos, saved.parent)
-    results = run_evaluation(source, data_source, [16, 9], batch_size=8, output=output, plot=plot, say=lines.append)
-    assert json.loads(output.read_text()) == results
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "plot.png"}
-    assert results["model"] == str(saved.resolve())
-    assert results["weights_sha256"] == hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
-    assert results["data"] == {"source": str(photos.resolve()), "subset": None, "split": "test"}
-    assert (results["num_images"], results["num_unreadable"], results["batch_size"]) == (IMAGES, 0, 8)
-    assert results["score_normalization"] == "image"
-    assert results["processor"] and results["command"]
-    assert set(results["versions"]) >= {"dart-hf", "torch", "transformers"}
-    expected = evaluate_classifier(model.cpu(), processor, data, NAMES, [16, 9])
-    for found, result in zip(results["budgets"], expected.budgets, strict=True):
-        assert found["num_patches"] == result.num_patches
-        assert (found["top1"], found["top5"]) == pytest.approx((result.top1, result.top5))
-        assert found["images_per_second"] > 0
-    assert "'image' in place of the model's own, 'batch'" in lines[0]
-    assert lines[1:-2] == list(table(results))
-    assert lines[-2:] == [f"Wrote {output}", f"Wrote {plot}"]
-
-
-def test_nothing_is_said_of_rules_where_there_are_none(model, processor, photos, tmp_path):
-    """The weights are in no safetensors file, and neither the rule nor a digest is made up."""
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "partition": "uniform"}))
-    lines = []
-    results = run_evaluation(tmp_path, photos, limit=2, say=lines.append)
-    assert (results["weights_sha256"], results["score_normalization"]) == (None, None)
-    assert lines == list(table(results)) and lines[0].endswith("batch 32; equal regions")
-
-
-def test_what_a_training_held_out(photos, saved, tmp_path):
-    (split,) = photos.iterdir()
-    results = run_evaluation(saved, split, held_out=0.3, say=lambda line: None)
-    assert results["num_images"] == len(load_image_data(split, held_out=0.3).evaluation)
-    assert results["data"]["split"] == "held out of train"
-    for name in ("train", "test"):
-        shutil.copytree(split, tmp_path / name)
-    with pytest.raises(ValueError, match="held_out is for data without a split to evaluate with; here there is 'test'"):
-        run_evaluation(saved, tmp_path, held_out=0.3)
-
-
-def test_a_limit(photos, saved):
-    lines = []
-    results = run_evaluation(saved, photos, limit=5, split="test", score_normalization="image", say=lines.append)
-    assert (results["num_images"], results["data"]["split"]) == (5, "test")
-    assert lines == list(table(results))
-
-
-def test_a_failed_write_leaves_the_results_before_it(photos, saved, tmp_path, monkeypatch):
-    def fail(*given):
-        raise OSError("no space left")
-
-    output = tmp_path / "evaluation.json"
-    output.write_text("{}")
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
-        run_evaluation(saved, photos, limit=1, output=output, say=lambda line: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
-    assert output.read_text() == "{}"
-
-
-RESULTS = {
-    "model": "some/darvit",
-    "data": {"source": "photos", "subset": None, "split": "test"},
-    "num_images": 1234,
-    "num_unreadable": 2,
-    "score_normalization": "image",
-    "scorer_is_dead": False,
-    "dtype": "float32",
-    "batch_size": 32,
-    "processor": "a processor",
-    "budgets": [
-        {"num_patches": 392, "top1": 0.875, "top5": 0.9375, "images_per_second": 8.25},
-        {"num_patches": 121, "top1": 0.75, "top5": None, "images_per_second": 100.0},
-    ],
-}
-
-
-def test_the_table():
-    assert list(table(RESULTS)) == [
-        "1,234 images of photos (test); a processor, float32, batch 32; score normalisation 'image'",
-        "2 more could not be read and are left out.",
-        "  tokens     top-1     top-5  images/s",
-        "     392    87.50%    93.75%       8.2",
-        "     121    75.00%         –     100.0",
-    ]
-    unusual = {
-        **RESULTS,
-        "num_unreadable": 0,
-        "score_normalization": None,
-        "scorer_is_dead": True,
-        "budgets": [{**RESULTS["budgets"][1], "images_per_second": None}],
+    names, labels = ["three", "zero"], [[0], [1], [0, 1], [], [1]]
+    found = evaluate_classifier(model, processor, with_labels(data, labels), names, [9], batch_size=2)
+    assert found.problem_type == "multi_label_classification"
+    truth = np.array([[0 in row, 1 in row] for row in labels])
+    logits = logits_of(model, processor, data.select(range(5)), 9)[:, [NAMES.index(name) for name in names]]
+    (result,) = found.budgets
+    assert result.metrics == {
+        "mean_average_precision": pytest.approx(average_precision_score(truth, logits)),
+        "f1": pytest.approx(f1_score(truth, logits > 0, average="macro")),
     }
-    assert list(table(unusual)) == [
-        "1,234 images of photos (test); a processor, float32, batch 32; equal regions",
-        "The scorer has no weights: these are results of regions that do not follow the image.",
-        "  tokens     top-1     top-5  images/s",
-        "     121    75.00%         –         –",
-        "No speed: there was no full batch of 32 images.",
-    ]
+    assert result.to_dict() == {"num_patches": 9, **result.metrics, "images_per_second": result.images_per_second}
 
 
-def test_the_plot():
-    (axes,) = draw_accuracy({**RESULTS, "budgets": RESULTS["budgets"][:1] * 2}).axes
-    assert [line.get_label() for line in axes.lines] == ["top-5", "top-1"]
-    (axes,) = draw_accuracy({**RESULTS, "budgets": [{**entry, "top5": None} for entry in RESULTS["budgets"]]}).axes
-    (line,) = axes.lines
-    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([121, 392], [75.0, 87.5])
-    assert [text.get_text() for text in axes.texts] == ["100.0 images/s", "8.2 images/s"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"output": "none/out.json"}, "output: there is no folder 'none'"),
-        ({"output": "."}, "output: . is a folder; give a file"),
-        ({"plot": "out.doc"}, "'out.doc': its name must end in one of"),
-        ({"split": "dev"}, "has no split 'dev'; it has 'test'"),
-    ],
-)
-def test_a_mistake_leaves_nothing(photos, saved, tmp_path, monkeypatch, settings, words):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, OSError), match=words):
-        run_evaluation(saved, photos, **settings)
-    assert not list(tmp_path.iterdir())
+def test_regression_metrics_are_errors(processor, data, damaged):
+    model = tiny_classifier(["age"], problem_type="regression")
+    labels = [0.5, 2.0, -1.0, 0.0]
+    found = evaluate_classifier(model, processor, with_labels(data, labels), [], [9])
+    errors = logits_of(model, processor, data.select(range(4)), 9)[:, 0] - labels
+    assert found.budgets[0].metrics == {
+        "mean_absolute_error": pytest.approx(np.abs(errors).mean(), rel=1e-4),
+        "mean_squared_error": pytest.approx(np.square(errors).mean(), rel=1e-4),
+    }
+    rows = with_labels(damaged, [*labels, 1.0])
+    skipped = evaluate_classifier(model, processor, rows, [], skip_unreadable=True)
+    assert (skipped.num_images, skipped.num_unreadable) == (4, 1)
+    assert np.isfinite(list(skipped.budgets[0].metrics.values())).all()

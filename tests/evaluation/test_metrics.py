@@ -1,39 +1,45 @@
-"""Accuracies on `evaluate`'s machinery, without the network."""
+"""Metrics: accuracies without the network, metrics of multi-label classifiers, errors of regressors."""
 
 import evaluate
 import numpy as np
 import pytest
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import average_precision_score, f1_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from dart_hf.evaluation.metrics import Accuracy, TopKAccuracy, classification_accuracy, likeliest_classes
+from dart_hf.evaluation.metrics import (
+    Accuracy,
+    TopKAccuracy,
+    classification_accuracy,
+    compute_metrics_for,
+    likeliest_classes,
+)
 
 
-def test_it_is_a_metric_of_evaluate():
+def test_accuracy_is_a_metric_of_evaluate():
     metric = Accuracy()
     assert isinstance(metric, evaluate.Metric)
     assert metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
 
 
-def test_batches_add_up():
+def test_accuracy_adds_batches_up():
     metric = Accuracy()
     metric.add_batch(predictions=[0, 1], references=[0, 1])
     metric.add_batch(predictions=[2], references=[1])
     assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_it_writes_no_files(tmp_path, monkeypatch):
+def test_accuracy_writes_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
     Accuracy().compute(predictions=[0], references=[0])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_as_many_predictions_as_references():
+def test_accuracy_needs_as_many_predictions_as_references():
     with pytest.raises(ValueError, match="Mismatch"):
         Accuracy().compute(predictions=[0], references=[0, 1])
 
 
-def test_of_logits():
+def test_accuracy_of_logits():
     logits = np.array([[0.1, 0.9], [2.0, -1.0], [0.0, 1.0]])
     assert classification_accuracy(EvalPrediction(logits, np.array([1, 0, 0])))["accuracy"] == pytest.approx(2 / 3)
 
@@ -41,7 +47,7 @@ def test_of_logits():
 def test_top_k_is_a_metric_of_evaluate():
     metric = TopKAccuracy(2)
     assert isinstance(metric, evaluate.Metric)
-    # The third image's class is only the third answer.
+    # The class of the third image is only the third answer.
     answers, classes = [[3, 0, 1], [1, 2, 0], [1, 2, 0], [0, 1, 2]], [0, 1, 0, 0]
     assert metric.compute(predictions=answers, references=classes) == {"top2_accuracy": 0.75}
     for answer, reference in zip(answers, classes, strict=True):
@@ -50,11 +56,11 @@ def test_top_k_is_a_metric_of_evaluate():
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_top_k_of_logits_is_that_of_scikit_learn(k):
+def test_top_k_of_logits_agrees_with_scikit_learn(k):
     rng = np.random.default_rng(0)
     logits, classes = rng.standard_normal((200, 8)), rng.integers(0, 6, 200)
     found = TopKAccuracy(k).compute(predictions=likeliest_classes(logits, k), references=classes)
-    # Classes 6 and 7 are among no references.
+    # No reference is class 6 or 7.
     assert found[f"top{k}_accuracy"] == pytest.approx(top_k_accuracy_score(classes, logits, k=k, labels=range(8)))
 
 
@@ -65,8 +71,8 @@ def test_top_k_needs_k_answers():
         TopKAccuracy(5).compute(predictions=[[0, 1, 2]], references=[0])
 
 
-def test_equal_logits_count_in_the_order_of_the_classes():
-    """As for argmax, so that the first of five answers is the one that the other accuracy looks at."""
+def test_equal_logits_are_ordered_by_class():
+    """So the first of five answers is that of `argmax`, which the other accuracy uses."""
     logits = np.array([[1.0, 2.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     assert likeliest_classes(logits, 3).tolist() == [[1, 3, 0], [0, 1, 2]]
     assert likeliest_classes(logits, 9).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
@@ -80,16 +86,65 @@ def test_nan_is_never_right():
     assert found == {"accuracy": pytest.approx(1 / 3)}
 
 
-def test_five_answers_where_there_are_more_classes():
+def test_top5_needs_more_than_five_classes():
     logits = np.tile(np.arange(6.0), (4, 1))
     found = classification_accuracy(EvalPrediction(logits, np.array([5, 1, 0, 1])))
     assert found == {"accuracy": 0.25, "top5_accuracy": 0.75}
     assert set(classification_accuracy(EvalPrediction(logits[:, :5], np.array([4, 1, 0, 1])))) == {"accuracy"}
 
 
-def test_images_that_could_not_be_read_do_not_count():
+def test_unreadable_images_do_not_count():
     logits = np.tile(np.arange(6.0), (3, 1))
     found = classification_accuracy(EvalPrediction(logits, np.array([5, -100, 0])))
     assert found == {"accuracy": 0.5, "top5_accuracy": 0.5}
     with pytest.raises(ValueError, match="none of the 3 images could be read"):
         classification_accuracy(EvalPrediction(logits, np.full(3, -100)))
+
+
+def test_metrics_follow_from_the_problem_type():
+    for single in (None, "single_label_classification"):
+        assert compute_metrics_for(single) is classification_accuracy
+    with pytest.raises(ValueError, match=r"problem_type must be one of single_label_classification, .*, got 'ranking'"):
+        compute_metrics_for("ranking")
+
+
+def test_multi_label_metrics_agree_with_scikit_learn():
+    """Of the six labels no image has the last, which therefore does not count."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((50, 6)), (rng.random((50, 6)) < 0.3).astype(np.float32)
+    labels[:, 5] = 0
+    compute = compute_metrics_for("multi_label_classification")
+    found = compute(EvalPrediction(logits, labels))
+    assert found == {
+        "mean_average_precision": pytest.approx(average_precision_score(labels[:, :5], logits[:, :5]), abs=1e-6),
+        "f1": pytest.approx(f1_score(labels[:, :5], logits[:, :5] > 0, average="macro"), abs=1e-6),
+    }
+    unreadable = EvalPrediction(np.concatenate([logits, logits[:1]]), np.concatenate([labels, np.full((1, 6), -100)]))
+    assert compute(unreadable) == found
+    assert compute(EvalPrediction(logits[:, :1], labels[:, :1]))["f1"] == pytest.approx(
+        f1_score(labels[:, 0], logits[:, 0] > 0), abs=1e-6
+    )
+
+
+def test_multi_label_metrics_of_a_diverged_model_are_low():
+    labels = np.array([[1.0, 0], [0, 1], [1, 1], [0, 0]])
+    found = compute_metrics_for("multi_label_classification")(EvalPrediction(np.full((4, 2), np.nan), labels))
+    assert found == {"mean_average_precision": pytest.approx(0.5), "f1": 0}
+
+
+def test_multi_label_metrics_need_a_label():
+    compute = compute_metrics_for("multi_label_classification")
+    with pytest.raises(ValueError, match="no image has a label"):
+        compute(EvalPrediction(np.zeros((2, 3)), np.zeros((2, 3))))
+    with pytest.raises(ValueError, match="none of the 2 images could be read"):
+        compute(EvalPrediction(np.zeros((2, 3)), np.full((2, 3), -100)))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_regression_errors(shape):
+    compute = compute_metrics_for("regression")
+    labels = np.array([1.0, -2.0, np.nan], dtype=np.float32).reshape(shape)
+    found = compute(EvalPrediction(np.array([[2.0], [1.0], [9.0]]), labels))
+    assert found == {"mean_absolute_error": 2.0, "mean_squared_error": 5.0}
+    with pytest.raises(ValueError, match="none of the 3 images could be read"):
+        compute(EvalPrediction(np.zeros((3, 1)), np.full(shape, np.nan)))

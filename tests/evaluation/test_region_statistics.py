@@ -1,4 +1,4 @@
-"""How many regions lie on a box."""
+"""Counting the regions on a box."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def boxes(*edges: tuple[float, float, float, float]) -> torch.Tensor:
     return torch.tensor(edges)
 
 
-def test_the_whole_image_holds_all_regions():
+def test_whole_image_has_all_regions():
     scores = torch.rand(3, 14, 14, generator=torch.Generator().manual_seed(0)) + 0.1
     whole = boxes((0, 0, 48, 32)).expand(3, -1)
     for num_patches in (1, 7, 24):
@@ -27,7 +27,7 @@ def test_even_regions_count_by_area():
     torch.testing.assert_close(regions_on_boxes(regions, inside), torch.tensor([1.0, 2.0, 0.25, 0.0]))
 
 
-def test_a_region_over_two_bands_counts_once():
+def test_region_over_two_bands_counts_once():
     # Two bands of 4 rows and 8 columns; the second of three regions ends the first band and begins the second.
     regions = Regions(
         scores=torch.ones(1, 14, 14), row_edges=boxes((0, 4, 8))[0][None], strip_edges=torch.tensor([[0.0, 6, 10, 16]])
@@ -50,7 +50,7 @@ def test_regions_without_area_do_not_count():
     assert regions_on_boxes(regions, boxes((0, 0, 8, 8))).item() == pytest.approx(2)
 
 
-def test_the_count_of_a_data_set():
+def test_count_is_the_mean_over_the_data():
     data = digits_on_photos("test", 1, 32, (16, 24)).select(range(100))
     model, image_processor = small_dart([str(digit) for digit in range(10)], 32, 16)
     counts = count_regions_on_boxes(model, image_processor, data)
@@ -61,7 +61,7 @@ def test_the_count_of_a_data_set():
     assert not model.training
 
 
-def test_the_partition_comes_back_after_an_error():
+def test_partition_is_restored_after_an_error():
     model, image_processor = small_dart(["0", "1"], 32, 16)
     with pytest.raises(KeyError):
         count_regions_on_boxes(model, image_processor, digits_on_photos("test", 1, 32, (16, 24)).remove_columns("box"))
