@@ -25,11 +25,12 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
+    infer_channel_dimension_format,
     load_image,
 )
 
-# A strip of 2×5,000 pixels would become 512×1,280,000 before its central 448 are cropped. What lies outside this many
-# times the crop is cut off first.
+# A strip of 2×5,000 pixels would become 512×1,280,000 before the crop to 448. So the parts of an image that are further
+# out than this many times the crop are cut off first.
 LONGEST_ASPECT = 32
 DOWNLOAD_SECONDS = 30
 
@@ -38,22 +39,29 @@ class DartImageProcessor(TorchvisionBackend):
     """Turns images into the `pixel_values` of a DART model.
 
     Takes one image or a list: PIL images, paths, URLs, numpy arrays and torch tensors (H×W, H×W×C, C×H×W; four
-    dimensions are a batch). Grey, palette and transparent images become RGB, on white where they are transparent. An
-    array that can be read both ways is read with three channels (1×1×3 is one RGB pixel), else channels first;
-    `input_data_format` overrules that. `do_convert_rgb=False` leaves the channels as they are.
+    dimensions are a batch).
 
-    The type of an array's values tells their range:
+    PIL images and files are turned as their EXIF orientation says, then converted to RGB by PIL, which drops
+    transparency. transformers' pipelines do this before any processor sees an image, so an image has the same pixels
+    whichever way it comes. Images with 16 or 32 bits a channel (modes I;16, I and F) are refused, because PIL clips
+    them; pipelines cannot refuse them.
+
+    Arrays become RGB too: grey is repeated, transparency dropped. An array that can be read both ways is read with
+    three channels (1×1×3 is one RGB pixel), else channels first; `input_data_format` overrules that. The type of the
+    values tells their range:
 
     - integers go from 0 to 255, booleans are 0 and 255;
-    - 16-bit unsigned integers (PIL's 16-bit grey too) go from 0 to 65535 and keep their precision: they are scaled by
-      1/65535 where others are scaled by 1/255. A `rescale_factor` other than 1/255 is applied to them as it is;
+    - 16-bit unsigned integers go from 0 to 65535 and keep their precision: they are scaled by 1/65535 where others are
+      scaled by 1/255. A `rescale_factor` other than 1/255 is applied to them as it is;
     - floating point values go from 0 to 255, as everywhere in transformers, or from 0 to 1 with `do_rescale=False`. An
-      image whose largest value is at most 1 is refused without that: it would come out black.
+      image whose largest value is at most 1 is refused without that, because it would come out black.
+
+    `do_convert_rgb=False` leaves the channels and bits of any image as they are.
 
     Raises:
-        ValueError: An image has no pixels, NaN or infinite pixels, values out of range, or a wrong number of channels.
-            Or every resized image would be smaller than `crop_size`.
-        OSError: A file is missing or unreadable.
+        ValueError: An image has no pixels, NaN or infinite pixels, values out of range, a wrong number of channels, or
+            too many bits. Or every resized image would be smaller than `crop_size`.
+        OSError: A file is missing, unreadable, or has too many bits.
     """
 
     do_convert_rgb = True
@@ -69,50 +77,20 @@ class DartImageProcessor(TorchvisionBackend):
     image_std = IMAGENET_DEFAULT_STD
 
     def to_dict(self) -> dict[str, Any]:
-        # A pipeline also looks for a video processor. Unless a type is named it takes this class's remote code for one,
-        # and asks whether to trust that even where this package is installed.
+        # A pipeline also looks for a video processor. Without a name it would take this class's remote code for one,
+        # and ask the user to trust it even if this package is installed.
         return {**super().to_dict(), "video_processor_type": "none"}
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read what is a path or URL; leave everything else as it is."""
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(entry) for entry in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return read_image(image_url_or_urls)
-        return image_url_or_urls
-
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
-        flat = list(_flatten(self.fetch_images(images)))
-        if not flat:
+    def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Prepare one image or a list of images; see the class."""
+        names = ("do_convert_rgb", "input_data_format", "do_rescale", "rescale_factor", "do_normalize")
+        convert_rgb, data_format, *scaling = (kwargs.get(name, getattr(self, name, None)) for name in names)
+        white = _white(*scaling)
+        tensors = [_to_tensor(image, convert_rgb, data_format, white) for image in _flatten(images, convert_rgb)]
+        if not tensors:
             raise ValueError("images is empty; give at least one image.")
-        return flat
-
-    def process_image(
-        self,
-        image: Image.Image | np.ndarray | torch.Tensor,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        device: torch.device | None = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        do_normalize: bool | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """One image as (C, H, W): uint8, or float32 where 8 bits do not hold its values."""
-        if isinstance(image, Image.Image):
-            image, input_data_format = _pil_to_array(image, do_convert_rgb), ChannelDimension.LAST
-        if isinstance(image, np.ndarray):
-            image = _array_to_tensor(image)
-        if image.ndim == 2:
-            image, input_data_format = image[None], ChannelDimension.FIRST
-        if do_convert_rgb:
-            input_data_format = _channel_dimension(image, input_data_format)
-        image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, device=device)
-        if image.numel() == 0:
-            raise ValueError(f"An image has no pixels: it is {image.shape[-2]} high and {image.shape[-1]} wide.")
-        white = _white(do_rescale, rescale_factor, do_normalize)
-        image = _checked_values(image, white)
-        return _to_rgb(image, white or 1.0) if do_convert_rgb else image
+        kwargs |= {"do_convert_rgb": False, "input_data_format": ChannelDimension.FIRST}
+        return super().preprocess(tensors, *args, **kwargs)
 
     def _preprocess(
         self,
@@ -130,7 +108,8 @@ class DartImageProcessor(TorchvisionBackend):
             _check_crop(size, crop_size)
         if do_resize and do_center_crop and size.shortest_edge and not size.longest_edge:
             images = [_trim(image, size.shortest_edge, max(crop_size.height, crop_size.width)) for image in images]
-        # Images of one size are stacked, and 8-bit images in one stack with others would be resized without rounding.
+        # Images of one size are resized in a stack. In a stack with others, 8-bit images would be resized without
+        # rounding.
         if len({image.dtype for image in images}) > 1:
             disable_grouping = True
         features = super()._preprocess(
@@ -143,12 +122,12 @@ class DartImageProcessor(TorchvisionBackend):
             **kwargs,
         )
         if isinstance(features["pixel_values"], torch.Tensor):
-            # The model reads pixels with their channels side by side in memory, and would have to copy them.
+            # The memory format that the model reads; otherwise it would have to copy the pixels.
             features["pixel_values"] = features["pixel_values"].contiguous(memory_format=torch.channels_last)
         return features
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
-        """Torchvision's own crop, as published: it rounds half a pixel of border where the backend's rounds down."""
+        """Torchvision's crop, as published. It rounds half a pixel of border, which the backend's crop rounds down."""
         return tvF.center_crop(image, [size.height, size.width])
 
     def rescale_and_normalize(
@@ -163,22 +142,29 @@ class DartImageProcessor(TorchvisionBackend):
         """Rescale and normalise (B, C, H, W)."""
         white = _white(do_rescale, rescale_factor, do_normalize)
         if images.is_floating_point() and white is not None:
-            # Bicubic interpolation overshoots at edges. In 8 bits resizing clips that, so floating point does as well.
+            # Bicubic interpolation overshoots at edges. Resizing clips that in 8 bits, but not in floating point.
             images = images.clamp(0, white)
         return super().rescale_and_normalize(images, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file upright (as its EXIF orientation says), or an image at an http(s) or data URL.
+def read_image(path: str | os.PathLike, do_convert_rgb: bool = True) -> Image.Image:
+    """Read an image file, or an image at an http(s) or data URL, as [`upright_rgb`] gives it.
+
+    transformers' `load_image` gives the same pixels, but takes an error page for an image, has no time limit, and clips
+    images of 16 bits.
+
+    Args:
+        path: The file or URL.
+        do_convert_rgb: Without it the image is turned upright and keeps its mode.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: The file or what is at the URL cannot be had or read as an image.
+        OSError: The file or URL cannot be read as an image, or the image has more than 8 bits a channel.
     """
     path = os.fspath(path)
     try:
         with Image.open(_content(path)) as image:
-            return ImageOps.exif_transpose(image)
+            return upright_rgb(image) if do_convert_rgb else ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -187,24 +173,24 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The pixels that a model gets of a PIL image, whichever way it comes: turned as EXIF says, then RGB.
+    """The pixels that a model gets of a PIL image: turned as its EXIF orientation says, then converted to RGB.
 
-    transformers' pipelines do this before any image processor sees the image.
+    This is the rule of transformers' pipelines.
 
     Raises:
-        ValueError: The image has 16 or 32 bits a channel (modes I;16, I, F), which RGB would clip.
-        OSError: The file of the image is damaged.
+        ValueError: The image has 16 or 32 bits a channel (modes I;16, I and F), which RGB would clip.
+        OSError: The image's file is damaged.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"It has mode {image.mode!r}, 16 or 32 bits a pixel; save it with 8 bits a channel, or give the image "
-            "processor its pixels as an array."
+            f"mode {image.mode!r} has 16 or 32 bits a channel, which RGB would clip; save the image with 8 bits a "
+            "channel, or give the image processor its pixels as an array."
         )
     return load_image(image)
 
 
 def _content(path: str) -> str | io.BytesIO:
-    """What PIL can open: the path of a file, or the bytes at a URL."""
+    """The path of a file, or the bytes at a URL, for PIL to open."""
     if path.startswith(("http://", "https://")):
         with urlopen(path, timeout=DOWNLOAD_SECONDS) as answer:
             return io.BytesIO(answer.read())
@@ -215,10 +201,13 @@ def _content(path: str) -> str | io.BytesIO:
     return path
 
 
-def _flatten(images: Any) -> Iterator[Image.Image | np.ndarray | torch.Tensor]:
+def _flatten(images: Any, do_convert_rgb: bool | None) -> Iterator[Image.Image | np.ndarray | torch.Tensor]:
+    """The single images in lists and batches; paths and URLs are read."""
     if isinstance(images, (list, tuple)):
         for entry in images:
-            yield from _flatten(entry)
+            yield from _flatten(entry, do_convert_rgb)
+    elif isinstance(images, (str, os.PathLike)):
+        yield read_image(images, bool(do_convert_rgb))
     elif isinstance(images, Image.Image):
         yield images
     elif not isinstance(images, (np.ndarray, torch.Tensor)):
@@ -231,16 +220,43 @@ def _flatten(images: Any) -> Iterator[Image.Image | np.ndarray | torch.Tensor]:
         raise ValueError(f"An image array must have 2 or 3 dimensions, or 4 for a batch; got {tuple(images.shape)}.")
 
 
+def _to_tensor(
+    image: Image.Image | np.ndarray | torch.Tensor,
+    do_convert_rgb: bool | None,
+    data_format: str | ChannelDimension | None,
+    white: float | None,
+) -> torch.Tensor:
+    """One image as (C, H, W): uint8, or float32 if 8 bits do not hold its values. `white` is the value of white."""
+    if isinstance(image, Image.Image):
+        image, data_format = _pil_to_array(image, do_convert_rgb), ChannelDimension.LAST
+    if isinstance(image, np.ndarray):
+        image = _array_to_tensor(image)
+    if image.ndim == 2:
+        image, data_format = image[None], ChannelDimension.FIRST
+    if do_convert_rgb:
+        data_format = _channel_dimension(image, data_format)
+    elif data_format is None:
+        data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+    if data_format == ChannelDimension.LAST:
+        image = image.permute(2, 0, 1)
+    if image.numel() == 0:
+        raise ValueError(f"An image has no pixels: it is {image.shape[-2]} high and {image.shape[-1]} wide.")
+    image = _checked_values(image, white)
+    if not do_convert_rgb:
+        return image
+    # Two and four channels have transparency as their last one.
+    return image[: 3 if len(image) > 2 else 1].expand(3, -1, -1)
+
+
 def _pil_to_array(image: Image.Image, do_convert_rgb: bool | None) -> np.ndarray:
-    """(H, W) or (H, W, C); RGB and RGBA where the mode is another one of 8 bits and RGB is asked for."""
+    """(H, W, 3), or (H, W) or (H, W, C) in the image's own mode without conversion."""
+    name = getattr(image, "filename", "") or f"an image of mode {image.mode!r}"
     try:
-        if do_convert_rgb and not image.mode.startswith(("I", "F")):
-            transparent = "A" in image.getbands() or "transparency" in image.info
-            image = image.convert("RGBA" if transparent else "RGB")
-        return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        name = getattr(image, "filename", "") or f"an image of mode {image.mode!r}"
+        return np.array(upright_rgb(image) if do_convert_rgb else ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError) as error:
         raise OSError(f"Cannot read {name}: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"Cannot use {name}: {error}") from error
 
 
 def _array_to_tensor(array: np.ndarray) -> torch.Tensor:
@@ -251,7 +267,7 @@ def _array_to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _channel_dimension(image: torch.Tensor, given: str | ChannelDimension | None) -> ChannelDimension:
-    """Which side of (C, H, W) or (H, W, C) holds the channels; three channels are the likeliest reading."""
+    """Whether an array is (C, H, W) or (H, W, C); three channels are the likeliest."""
     sides = [ChannelDimension.FIRST, ChannelDimension.LAST] if given is None else [ChannelDimension(given)]
     for channels in (3, 4, 1, 2):
         for side in sides:
@@ -264,14 +280,14 @@ def _channel_dimension(image: torch.Tensor, given: str | ChannelDimension | None
 
 
 def _white(do_rescale: bool | None, rescale_factor: float | None, do_normalize: bool | None) -> float | None:
-    """The value of white: what rescaling brings to 1, or the 1 that normalisation expects; None without either."""
+    """The value of white, which rescaling turns into 1 or normalisation expects to be 1; None without both."""
     if do_rescale:
         return 1 / rescale_factor
     return 1.0 if do_normalize else None
 
 
 def _checked_values(image: torch.Tensor, white: float | None) -> torch.Tensor:
-    """Bring (C, H, W) to uint8 or float32, or say in a sentence why its values are no image's."""
+    """(C, H, W) in uint8 or float32. A ValueError says why the values cannot be those of an image."""
     if image.dtype == torch.uint8:
         return image
     if image.dtype == torch.bool:
@@ -297,24 +313,14 @@ def _checked_values(image: torch.Tensor, white: float | None) -> torch.Tensor:
             f"The largest pixel is {high:g} where {white:g} is white; "
             "pass do_rescale=False if the values go from 0 to 1 already."
         )
-    # Who computed the values may have rounded; rescaling clips.
+    # Computed values may be off by rounding; rescaling clips them.
     if low < -1e-3 * white or high > 1.001 * white:
         raise ValueError(f"Pixels must be from 0 to {white:g}, got {low:g} to {high:g}.")
     return image
 
 
-def _to_rgb(image: torch.Tensor, white: float) -> torch.Tensor:
-    """(1…4, H, W) -> (3, H, W), on white where there is alpha."""
-    if image.shape[0] in (2, 4):
-        white = 255.0 if image.dtype == torch.uint8 else white
-        colour, alpha = image[:-1].to(torch.float32), image[-1:].to(torch.float32) / white
-        blended = colour * alpha + white * (1 - alpha)
-        image = blended.round().to(torch.uint8) if image.dtype == torch.uint8 else blended
-    return image.expand(3, -1, -1)
-
-
 def _trim(image: torch.Tensor, shortest_edge: int, crop: int) -> torch.Tensor:
-    """Cut off what lies far beyond a central crop of `crop` pixels once the short side is `shortest_edge` pixels."""
+    """Cut off the parts of (C, H, W) that lie far outside the central crop after resizing."""
     height, width = image.shape[-2:]
     longest = math.ceil(LONGEST_ASPECT * min(height, width) * max(1, crop / shortest_edge))
     top, left = max(0, (height - longest) // 2), max(0, (width - longest) // 2)

@@ -2,13 +2,14 @@
 
 from dart_hf.data.batch_mixing import MixImages
 from dart_hf.data.batches import evenly_spread, image_batches
+from dart_hf.data.class_table import class_table
 from dart_hf.data.collator import ImageClassificationCollator, is_labelled
 from dart_hf.data.fingerprint import data_fingerprint
 from dart_hf.data.held_out import HELD_OUT_FILE, held_out_record, select_held_out
 from dart_hf.data.image_augmentation import training_transform
+from dart_hf.data.image_data import ImageData, load_image_data
 from dart_hf.data.labels import class_names, match_labels
 from dart_hf.data.seeded_rows import SeededRows, SeededStream
-from dart_hf.data.sources import ImageData, load_image_data
 
 __all__ = [
     "HELD_OUT_FILE",
@@ -18,6 +19,7 @@ __all__ = [
     "SeededRows",
     "SeededStream",
     "class_names",
+    "class_table",
     "data_fingerprint",
     "evenly_spread",
     "held_out_record",

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from dart_hf.data.batches import evenly_spread, image_batches
 from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator
-from dart_hf.data.sources import load_image_data
+from dart_hf.data.image_data import load_image_data
 from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_model
 from dart_hf.modeling.region_scorer import RegionScorer

@@ -33,8 +33,8 @@ from transformers.trainer_utils import IntervalStrategy
 from dart_hf import DartConfig, DartImageProcessor
 from dart_hf.conversion.vit import dart_from_vit
 from dart_hf.data.batches import without_worker_traceback
+from dart_hf.data.image_data import ImageData, load_image_data
 from dart_hf.data.labels import class_names, match_labels
-from dart_hf.data.sources import ImageData, load_image_data
 from dart_hf.files import absolute_source, atomic_write, move_model_files
 from dart_hf.hub.loading import load_config, load_dart_config
 from dart_hf.modeling.configuration_region import RegionConfig

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dart_hf.data.fingerprint import data_fingerprint
 from dart_hf.data.held_out import held_out_record, select_held_out
-from dart_hf.data.sources import load_image_data
+from dart_hf.data.image_data import load_image_data
 
 
 def save_images(folder: Path, count: int, seed: int) -> None:

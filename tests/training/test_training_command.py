@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.cli.main import app
 from dart_hf.data.digits_on_photos import digits_on_photos
-from dart_hf.data.sources import load_image_data
+from dart_hf.data.image_data import load_image_data
 from dart_hf.hub.loading import load_model
 from dart_hf.training.command import ModelArguments, parse_settings, run_training, start_model
 from dart_hf.training.distillation import DistillationLoss

@@ -1,0 +1,207 @@
+"""Rows become batches as the model wants them; a wrong row is one clear error."""
+
+import io
+import pickle
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+
+from dart_hf import DartImageProcessor
+from dart_hf.data.batch_mixing import MixImages
+from dart_hf.data.batches import evenly_spread, without_worker_traceback
+from dart_hf.data.collator import ImageClassificationCollator, is_labelled
+from dart_hf.data.image_augmentation import training_transform
+from dart_hf.data.seeded_rows import SeededRows
+
+
+def collator(num_labels: int = 3, **settings) -> ImageClassificationCollator:
+    return ImageClassificationCollator(DartImageProcessor(size=16, crop_size=16), num_labels, **settings)
+
+
+@pytest.fixture(scope="module")
+def collate() -> ImageClassificationCollator:
+    return collator()
+
+
+def images(count: int) -> list[PILImage.Image]:
+    rng = np.random.default_rng(0)
+    return [PILImage.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def rows(*labels) -> list[dict]:
+    return [{"image": image, "label": label} for image, label in zip(images(len(labels)), labels, strict=True)]
+
+
+def test_a_batch_has_what_the_image_processor_makes(collate):
+    batch = collate(rows(0, np.int64(2), 1))
+    expected = collate.image_processor(images(3), return_tensors="pt").pixel_values
+    assert set(batch) == {"pixel_values", "labels"}
+    assert torch.equal(batch["pixel_values"], expected)
+    assert batch["labels"].dtype == torch.int64
+    assert batch["labels"].tolist() == [0, 2, 1]
+    copy = pickle.loads(pickle.dumps(collate))
+    assert torch.equal(copy(rows(0, 2, 1))["pixel_values"], expected)
+
+
+def test_rows_of_a_data_set_and_other_columns(collate):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})
+    data = Dataset.from_dict({"image": images(2), "label": ["c", "a"]}, features=features)
+    assert collate(data.__getitems__([0, 1]))["labels"].tolist() == [2, 0]
+    data = Dataset.from_dict({"picture": images(1), "kind": [1]}, Features({"picture": Image(), "kind": Value("int8")}))
+    assert collator(image_column="picture", label_column="kind")([data[0]])["labels"].tolist() == [1]
+    assert set(collator(label_column=None)([{"image": images(1)[0]}])) == {"pixel_values"}
+
+
+def test_multi_label_rows_become_zeros_and_ones():
+    batch = collator(problem_type="multi_label_classification")(rows([2, 0], [], [1]))
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+
+
+def test_regression_rows_keep_their_numbers():
+    assert collator(1, problem_type="regression")(rows(0.5, -100))["labels"].tolist() == [0.5, -100]
+    assert collator(2, problem_type="regression")(rows([1.0, 2.0]))["labels"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "label", "message"),
+    [
+        ("single_label_classification", 3, "Label 3 in column 'label' is out of range: .* 3 classes.* 0 to 2"),
+        ("single_label_classification", -100, "Label -100 in column 'label' is out of range"),
+        ("single_label_classification", "2", "must be an integer, got '2' in column 'label'"),
+        ("single_label_classification", 1.0, "must be an integer, got 1.0 in column 'label'"),
+        ("single_label_classification", None, "must be an integer, got None in column 'label'"),
+        ("single_label_classification", True, "must be an integer, got True in column 'label'"),
+        ("multi_label_classification", 1, "must be a list of classes, got 1"),
+        ("multi_label_classification", [0, 3], "Label 3 in column 'label' is out of range"),
+        ("regression", 1.0, "must be 3 finite numbers, got 1.0"),
+        ("regression", [0, 1, float("nan")], "must be 3 finite numbers, got "),
+    ],
+)
+def test_labels_that_do_not_fit_the_task(problem_type, label, message):
+    with pytest.raises(ValueError, match=message):
+        collator(problem_type=problem_type)(rows(label))
+
+
+def test_settings_that_do_not_fit_together():
+    with pytest.raises(ValueError, match=r"problem_type must be one of .*, got 'detection'"):
+        collator(problem_type="detection")
+    with pytest.raises(ValueError, match="mixup, cutmix and label smoothing need one class for each image"):
+        collator(problem_type="regression", mix=MixImages(3, 0.8))
+
+
+def test_rows_that_lack_a_column_or_have_pixels_that_are_not_finite(collate):
+    with pytest.raises(ValueError, match="no column 'label'; it has 'image'"):
+        collate([{"image": images(1)[0]}])
+    with pytest.raises(ValueError, match="no column 'image'; it has 'label'"):
+        collate([{"label": 1}])
+    with pytest.raises(ValueError, match="NaN"):
+        collate([{"image": np.full((16, 16, 3), np.nan, dtype=np.float32), "label": 0}])
+
+
+# Unreadable images ------------------------------------------------------------------------------------------------
+
+
+class ListData(list):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def undecoded(count: int, damaged: set[int], label=lambda number: number % 3) -> ListData:
+    contents = ListData()
+    for number, image in enumerate(images(count)):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        content = buffer.getvalue()[:100] if number in damaged else buffer.getvalue()
+        contents.append({"image": {"bytes": content, "path": f"{number}.png"}, "label": label(number)})
+    return contents
+
+
+@pytest.fixture
+def skipping() -> ImageClassificationCollator:
+    return collator(skip_unreadable=True)
+
+
+def odd_file(tmp_path, kind: str) -> str:
+    path = tmp_path / "odd.tif"
+    if kind == "damaged":
+        path.write_bytes(b"II*\0 and no more")
+    elif kind != "missing":
+        pixels = {"float": np.full((9, 9), 0.5, np.float32), "32 bits": np.full((9, 9), 70_000, np.int32)}
+        PILImage.fromarray(pixels.get(kind, np.full((9, 9), 300, np.uint16))).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["float", "32 bits", "16 bits", "damaged", "missing"])
+@pytest.mark.parametrize("transform", [None, training_transform(DartImageProcessor(size=16, crop_size=16))])
+def test_an_image_that_cannot_be_used_is_named_or_skipped(tmp_path, kind, transform):
+    path = odd_file(tmp_path, kind)
+    bad = [{"image": {"bytes": None, "path": path}, "label": 1}, *undecoded(2, set())]
+    collate = collator(transform=transform)
+    for batch in (bad, SeededRows(ListData(bad)).__getitems__(range(3))):
+        message = f"The image '{re.escape(path)}' cannot be read: .*skip_unreadable=True \\(--skip-unreadable\\) leaves"
+        with pytest.raises(OSError, match=message) as caught:
+            collate(batch)
+        assert "\n" not in str(caught.value)
+    skip = collator(transform=transform, skip_unreadable=True)
+    assert skip(bad)["labels"].tolist() == [-100, 0, 1]
+    assert skip(SeededRows(ListData(bad)).__getitems__(range(3)))["labels"].tolist() == [0, 1]
+    assert skip.num_skipped == 2
+
+
+def test_an_unreadable_image_is_left_out_of_a_training_batch(skipping, collate):
+    batch = skipping(SeededRows(undecoded(4, {1, 2})).__getitems__(range(4)))
+    assert batch["labels"].tolist() == [0, 0]
+    assert torch.equal(batch["pixel_values"], collate(rows(0, 0, 0, 0))["pixel_values"][[0, 3]])
+    assert skipping.num_skipped == 2
+
+
+def test_an_unreadable_image_stays_in_an_evaluation_batch_without_a_label(skipping, collate):
+    batch = skipping(undecoded(3, {1}))
+    assert torch.equal(batch["pixel_values"][[0, 2]], collate(rows(0, 1, 2))["pixel_values"][[0, 2]])
+    assert batch["pixel_values"].isfinite().all()
+    cases = [
+        ("single_label_classification", 3, lambda number: number),
+        ("multi_label_classification", 3, lambda number: [number]),
+        ("regression", 1, float),
+        ("regression", 2, lambda number: [number, -100.0]),
+    ]
+    for problem_type, num_labels, label in cases:
+        each = collator(num_labels, problem_type=problem_type, skip_unreadable=True)
+        assert is_labelled(each(undecoded(3, {1}, label))["labels"]).tolist() == [True, False, True]
+
+
+def test_a_training_batch_without_any_readable_image_has_no_weight(skipping):
+    batch = skipping(SeededRows(undecoded(2, {0, 1})).__getitems__(range(2)))
+    assert batch["labels"].tolist() == [-100, -100]
+    skipping.mix = MixImages(3, 0.8)
+    batch = skipping(SeededRows(undecoded(2, {0, 1})).__getitems__(range(2)))
+    assert batch["labels"].tolist() == [[-100] * 3] * 2
+
+
+def test_skipped_images_are_counted_in_all_worker_processes(skipping):
+    batches = list(DataLoader(undecoded(6, {0, 3, 5}), batch_size=2, num_workers=2, collate_fn=skipping))
+    assert [batch["labels"].tolist() for batch in batches] == [[-100, 1], [2, -100], [1, -100]]
+    assert skipping.num_skipped == 3
+
+
+def test_an_error_of_a_worker_process_is_one_sentence(collate):
+    loader = DataLoader(undecoded(2, {1}), batch_size=2, num_workers=1, collate_fn=collate)
+    with pytest.raises(OSError) as caught, without_worker_traceback():
+        list(loader)
+    assert str(caught.value).startswith("The image '1.png' cannot be read: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_limited_number_of_rows_is_evenly_spread():
+    rows = datasets.Dataset.from_dict({"row": range(10)})
+    assert evenly_spread(rows, None) is rows and evenly_spread(rows, 10) is rows
+    assert evenly_spread(rows, 4)["row"][:] == [0, 2, 5, 7]
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        evenly_spread(rows, 0)
