@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dart_hf.data.batches import evenly_spread
 from dart_hf.data.held_out import HELD_OUT_FILE, select_held_out
-from dart_hf.data.sources import ImageData, load_image_data
+from dart_hf.data.image_data import ImageData, load_image_data
 from dart_hf.environment import command_line, machine
 from dart_hf.evaluation.classification import evaluate_classifier, problem_type_of
 from dart_hf.evaluation.report import draw_metrics, table

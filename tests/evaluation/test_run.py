@@ -16,7 +16,7 @@ from skimage import data as photographs
 
 from dart_hf import DartForImageClassification, DartImageProcessor
 from dart_hf.data.held_out import HELD_OUT_FILE, held_out_record
-from dart_hf.data.sources import load_image_data
+from dart_hf.data.image_data import load_image_data
 from dart_hf.evaluation import evaluate_classifier, run_evaluation
 from dart_hf.evaluation.report import draw_metrics, table
 from dart_hf.evaluation.run import parse_budgets
