@@ -4,7 +4,6 @@ The wheel has no tests. The source distribution has the common ones (`tests/test
 not the packages that they import (`tests/generation`, `tests/utils`, …). Placeholders replace these.
 """
 
-import gzip
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -17,9 +16,8 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -34,11 +32,8 @@ FETCH_SECONDS = 600
 PLACEHOLDERS: dict[str, dict[str, Any]] = {
     "utils.test_configuration_utils": {
         "config_common_kwargs": {
-            "architectures": ["SomeModel"],
-            "chunk_size_feed_forward": 5,
             "dtype": "float16",
             "id2label": {0: "first", 1: "second", 2: "third"},
-            "label2id": {"first": 0, "second": 1, "third": 2},
             "output_hidden_states": True,
             "problem_type": "regression",
             "return_dict": False,
@@ -50,16 +45,6 @@ OTHER_PLACEHOLDERS = ("fetch_hub_objects_for_ci",)
 
 class SuitesUnavailableError(RuntimeError):
     """transformers' suites cannot be downloaded, or differ from what this harness knows."""
-
-
-@dataclass(frozen=True)
-class Suites:
-    """The modules of the installed transformers' suites."""
-
-    modeling: ModuleType
-    configuration: ModuleType
-    image_processing: ModuleType
-    training: ModuleType
 
 
 SUITE_MODULES = {
@@ -82,7 +67,6 @@ def locate_suites() -> Path:
         SuitesUnavailableError: It is not in the cache, not given by the environment variable, and pip cannot get it.
     """
     name = f"transformers-{transformers.__version__}"
-    # The last step renames the finished folder, so an existing folder is complete.
     target = cache_folder() / name
     if target.is_dir():
         return target
@@ -90,9 +74,17 @@ def locate_suites() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
             archive = _given_archive(f"{name}.tar.gz") or _download(Path(scratch), f"{name}.tar.gz")
-            _rename_into_place(_unpack(archive, Path(scratch)), target)
-    except OSError as error:
-        raise SuitesUnavailableError(f"transformers' test suites cannot be kept in {target.parent}: {error}") from error
+            with tarfile.open(archive) as opened:
+                members = [member for member in opened.getmembers() if member.name.startswith(f"{name}/tests/")]
+                opened.extractall(scratch, members, filter="data")
+            # Only a complete folder gets its final name. Another process may be first.
+            try:
+                Path(scratch, name, "tests").rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise SuitesUnavailableError(f"{name}.tar.gz cannot be unpacked to {target}: {error}") from error
     return target
 
 
@@ -124,29 +116,6 @@ def _download(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _unpack(archive: Path, folder: Path) -> Path:
-    """Unpack only the archive's folder `tests`."""
-    tests = f"{archive.name.removesuffix('.tar.gz')}/tests"
-    try:
-        with tarfile.open(archive) as opened:
-            members = [member for member in opened.getmembers() if member.name.startswith(f"{tests}/")]
-            opened.extractall(folder, members, filter="data")
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise SuitesUnavailableError(f"{archive} is damaged: {error}") from error
-    if not (folder / tests).is_dir():
-        raise SuitesUnavailableError(f"{archive} has no folder {tests}.")
-    return folder / tests
-
-
-def _rename_into_place(unpacked: Path, target: Path) -> None:
-    try:
-        unpacked.rename(target)
-    except OSError:
-        # Another process may have been first.
-        if not target.is_dir():
-            raise
-
-
 class PlaceholderFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Makes placeholders for the modules that the source distribution leaves out. Python asks it last."""
 
@@ -167,8 +136,8 @@ class PlaceholderFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         vars(module).update(PLACEHOLDERS.get(module.__name__.removeprefix(f"{PACKAGE}."), {}))
 
 
-def load_suites() -> Suites:
-    """Import the installed version's suites.
+def load_suites() -> SimpleNamespace:
+    """Import the installed version's suites: a module for each name in `SUITE_MODULES`.
 
     Raises:
         SuitesUnavailableError: They cannot be downloaded, or differ from what the harness knows.
@@ -186,7 +155,7 @@ def load_suites() -> Suites:
         raise SuitesUnavailableError(
             f"the test suites of transformers {transformers.__version__} in {folder} cannot be imported: {error}"
         ) from error
-    return Suites(**modules)
+    return SimpleNamespace(**modules)
 
 
 @contextmanager

@@ -153,15 +153,9 @@ def test_a_given_archive_is_unpacked_once(cache, archive):
 
 def test_a_damaged_archive_is_named_and_not_kept(cache, archive):
     archive.write_bytes(archive.read_bytes()[:60])
-    with pytest.raises(SuitesUnavailableError, match=f"{NAME}.tar.gz is damaged"):
+    with pytest.raises(SuitesUnavailableError, match=f"{NAME}.tar.gz cannot be unpacked"):
         locate_suites()
     assert list(cache.iterdir()) == []
-
-
-def test_the_archive_of_another_version_is_refused(cache, archive, monkeypatch):
-    monkeypatch.setenv(suites.SOURCE_VARIABLE, str(archive.rename(archive.with_name("transformers-1.0.0.tar.gz"))))
-    with pytest.raises(SuitesUnavailableError, match=f"must be the path of {NAME}.tar.gz"):
-        locate_suites()
 
 
 def test_a_missing_suite_gets_no_placeholder(cache, archive, monkeypatch):

@@ -1,8 +1,10 @@
 """Put our classes, and transformers' own ViT as the control, into transformers' suites with the same code."""
 
 import copy
+import functools
 import unittest
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,8 +34,6 @@ from dart_hf import (
     DartVimForImageClassification,
     DartVimModel,
 )
-
-from .suites import Suites
 
 IMAGE_SIZE = 32
 
@@ -75,8 +75,8 @@ class Subject:
     def image_processor_class(self) -> type:
         return next(iter(self.image_processors.values()))
 
-    def config(self, **overrides: Any) -> PreTrainedConfig:
-        return self.config_class(**{**self.settings, **overrides})
+    def config(self) -> PreTrainedConfig:
+        return self.config_class(**self.settings)
 
 
 SHARED = {"image_size": IMAGE_SIZE, "num_labels": 3}
@@ -170,19 +170,17 @@ class ModelTester:
 class ImageProcessorTester:
     """Settings and inputs for the image processing suite. The suite prescribes the names."""
 
-    def __init__(self, subject: Subject, suites: Suites) -> None:
-        self.subject = subject
-        self.suites = suites
-        self.batch_size = 5
-        self.num_channels = 3
+    batch_size = 5
+    num_channels = 3
 
-    def prepare_image_processor_dict(self) -> dict[str, Any]:
-        return image_processor_settings(self.subject)
+    def __init__(self, subject: Subject, suites: SimpleNamespace) -> None:
+        self.prepare_image_processor_dict = functools.partial(image_processor_settings, subject)
+        self.suites = suites
 
     def prepare_image_inputs(self, **overrides: Any) -> list[Any]:
         settings = {"batch_size": self.batch_size, "num_channels": self.num_channels}
-        settings |= {"min_resolution": 30, "max_resolution": 100}
-        return self.suites.image_processing.prepare_image_inputs(**{**settings, **overrides})
+        settings |= {"min_resolution": 30, "max_resolution": 100, **overrides}
+        return self.suites.image_processing.prepare_image_inputs(**settings)
 
     def prepare_processor_inputs(self, **overrides: Any) -> dict[str, Any]:
         return {"images": self.prepare_image_inputs(**overrides)}
@@ -191,7 +189,7 @@ class ImageProcessorTester:
         return self.num_channels, IMAGE_SIZE, IMAGE_SIZE
 
 
-def build_test_cases(subject: Subject, suites: Suites) -> dict[str, type[unittest.TestCase]]:
+def build_test_cases(subject: Subject, suites: SimpleNamespace) -> dict[str, type[unittest.TestCase]]:
     """For each suite, a test case of transformers' tests with a subject's classes."""
     modeling, training = suites.modeling, suites.training
 
