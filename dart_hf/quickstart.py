@@ -1,4 +1,7 @@
-"""The first thing to run: train a small DART to read digits on photographs, load it again, and show where it looks."""
+"""The quick start: train a small DART to read digits on photographs, load it again, and show where its tokens are.
+
+It needs the extra `quickstart`, which has the digits, the photographs and matplotlib.
+"""
 
 import json
 import os
@@ -13,13 +16,14 @@ from transformers import pipeline, set_seed
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.data.digits_on_photos import digits_on_photos
+from dart_hf.environment import require_packages
 from dart_hf.evaluation.metrics import Accuracy
 from dart_hf.evaluation.region_statistics import count_regions_on_boxes
 from dart_hf.training.recipe import EVALUATION_BATCH_SIZE, train_classifier
 from dart_hf.visualization import draw_regions, save_figure
 
 NUM_SAMPLES = 8
-# How much larger than the largest test digit a training digit can be.
+# The largest training digit is larger than the largest test digit by this factor.
 LARGER = 4 / 3
 
 
@@ -34,29 +38,30 @@ def run_quickstart(
     train_placements: int = 20,
     test_placements: int = 3,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train a small DART on digits pasted on photographs, save it, load it again in a pipeline, and draw its regions.
+    """Train a small DART on digits on photographs, save it, load it again in a pipeline, and draw its regions.
 
     Args:
-        output: Folder for the model, sample pictures and results; made if missing.
+        output: Folder for the model, sample images and results; created if missing.
         steps: Training steps.
-        batch_size: Pictures per step.
-        learning_rate: Its peak.
-        image_size: Side of the pictures in pixels.
+        batch_size: Images in a step.
+        learning_rate: The highest learning rate.
+        image_size: Side of the images in pixels.
         digit_sizes: Smallest and largest side in pixels of a test digit; training digits can be larger by a third.
-        num_patches: Tokens per picture.
-        train_placements, test_placements: How many pictures are made of each training and each test digit.
-        seed: Of the pictures, the model's first weights and the order of training.
-        say: Takes each line meant for the reader.
+        num_patches: Token budget.
+        train_placements, test_placements: Number of images that show each training digit, and each test digit.
+        seed: Random seed of the images, the initial weights and the order of training.
+        report: Called with each line of output.
 
     Returns:
-        What `results.json` holds: `accuracy` of the model loaded again, `accuracy_before_saving`, `chance`,
+        The content of `results.json`: `accuracy` of the loaded model, `accuracy_before_saving`, `chance`,
         `regions_on_digit` (`learned` and `uniform`, see [`count_regions_on_boxes`]), `seconds`, `settings`.
 
     Raises:
         ValueError: An argument is out of range.
         OSError: `output` cannot be written to.
+        ImportError: A package of the extra `quickstart` is missing.
     """
     settings = {
         "steps": steps,
@@ -72,26 +77,29 @@ def run_quickstart(
     for name in ("steps", "batch_size", "num_patches", "train_placements", "test_placements"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}.")
+    require_packages("The quick start", "quickstart", "matplotlib", "skimage", "sklearn")
     started = time.monotonic()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
 
     smallest, largest = digit_sizes
-    # The larger digits among these are read sooner, and what is learned from them helps with the small ones.
+    # The model learns large digits first, which helps it with the small ones.
     train_digit_sizes = (smallest, min(round(LARGER * largest), image_size))
     train = digits_on_photos("train", train_placements, image_size, train_digit_sizes, seed)
     test = digits_on_photos("test", test_placements, image_size, digit_sizes, seed)
-    say(f"Pasted digits on photographs: {len(train):,} pictures to learn from, {len(test):,} of other digits to test.")
+    report(
+        f"Pasted digits on photographs: {len(train):,} training images, {len(test):,} test images with other digits."
+    )
 
     model, image_processor = small_dart(train.features["label"].names, image_size, num_patches)
-    say(f"Training a DART of {model.num_parameters() / 1e6:.1f} million weights, {num_patches} tokens a picture.")
+    report(f"Training a DART of {model.num_parameters() / 1e6:.1f} million weights, {num_patches} tokens an image.")
     trainer = train_classifier(model, image_processor, train, test, output, steps, batch_size, learning_rate, seed=seed)
     accuracy_before_saving = trainer.evaluate()["eval_accuracy"]
     model.save_pretrained(output / "model")
     image_processor.save_pretrained(output / "model")
 
-    say("Testing the model as saved.")
+    report("Testing the saved model.")
     accuracy = pipeline_accuracy(output / "model", test)
     regions_on_digit = count_regions_on_boxes(model, image_processor, test)
     samples = draw_samples(model, image_processor, test, output)
@@ -105,14 +113,14 @@ def run_quickstart(
     }
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    say(f"""
-Accuracy: {accuracy:.1%} of {len(test):,} test pictures (chance: {results["chance"]:.0%})
+    report(f"""
+Accuracy: {accuracy:.1%} of {len(test):,} test images (chance: {results["chance"]:.0%})
 Regions on the digit: {regions_on_digit["learned"]:.1f} of {num_patches} as learned, \
 {regions_on_digit["uniform"]:.1f} if spread evenly
 
 Results in {output}:
-  regions.png     where the tokens went on {len(samples)} test pictures
-  images/         those pictures
+  regions.png     where the tokens went on {len(samples)} test images
+  images/         these images
   model/          the model and its image processor
   results.json    the numbers
 
@@ -125,11 +133,11 @@ Try next:
 def small_dart(
     labels: Sequence[str], image_size: int, num_patches: int, **settings: Any
 ) -> tuple[DartForImageClassification, DartImageProcessor]:
-    """A DART small enough to train on a laptop's processor, and its image processor.
+    """A DART that is small enough to train on a laptop's processor, and its image processor.
 
     Args:
         labels: Names of the classes.
-        image_size: Side of its images in pixels; others are resized and cropped to it.
+        image_size: Side of its images in pixels; the image processor resizes and crops others.
         num_patches: Token budget.
         settings: Other settings of [`DartConfig`].
     """
@@ -138,7 +146,7 @@ def small_dart(
         num_hidden_layers=4,
         num_attention_heads=3,
         intermediate_size=384,
-        # About 1/√96. The 0.02 of wide models leaves one as narrow as this on a plateau for hundreds of steps.
+        # About 1/√96. With the 0.02 of wide models, a model as narrow as this learns nothing for hundreds of steps.
         initializer_range=0.1,
         image_size=image_size,
         patch_size=8,
@@ -153,8 +161,8 @@ def small_dart(
 
 
 def pipeline_accuracy(folder: str | os.PathLike, test: Dataset) -> float:
-    """The accuracy on `test` (columns `image`, `label`) of a saved model, run as its users run it."""
-    # The folder carries the model's code for those who lack this package; here the installed code is used.
+    """The accuracy of a saved model in a pipeline on `test` (columns `image`, `label`)."""
+    # The folder contains the model's code, for users without this package. This uses the installed code.
     classify = pipeline("image-classification", model=os.fspath(folder), top_k=1, trust_remote_code=False)
     answers = classify(test["image"][:], batch_size=EVALUATION_BATCH_SIZE)
     index_of = classify.model.config.label2id
@@ -166,10 +174,10 @@ def pipeline_accuracy(folder: str | os.PathLike, test: Dataset) -> float:
 def draw_samples(
     model: DartForImageClassification, image_processor: DartImageProcessor, test: Dataset, output: Path
 ) -> list[Path]:
-    """Write the first pictures of `test` to `images/` in the folder `output`, and the regions on them to `regions.png`.
+    """Write the first images of `test` to the folder `images` in `output`, and draw their regions to `regions.png`.
 
     Returns:
-        The paths of the pictures.
+        The paths of the images.
     """
     model.eval()
     rows = test[:NUM_SAMPLES]

@@ -1,6 +1,8 @@
-"""The quickstart, end to end in small: what it writes, what it says, and that the saved model is the trained one."""
+"""The quick start with a few steps: it writes the trained model, sample images and results, and reports them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,16 +20,16 @@ PLACEMENTS = {"train_placements": 1, "test_placements": 1}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Folder, results, lines and the trained model itself."""
+    """The folder, results and lines of a run, and the trained model."""
     output, lines, models = tmp_path_factory.mktemp("quickstart") / "made", [], []
     make = dart_hf.quickstart.small_dart
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dart_hf.quickstart, "small_dart", lambda *args: models.append(make(*args)) or models[-1])
-        results = run_quickstart(output, **SMALL, **PLACEMENTS, say=lines.append)
+        results = run_quickstart(output, **SMALL, **PLACEMENTS, report=lines.append)
     return output, results, "\n".join(lines), models[0][0]
 
 
-def test_what_it_writes(finished):
+def test_output_folder_is_complete(finished):
     output, results, _, _ = finished
     assert {path.name for path in output.iterdir()} == {"images", "model", "regions.png", "results.json"}
     assert json.loads((output / "results.json").read_text()) == results
@@ -37,7 +39,7 @@ def test_what_it_writes(finished):
     assert "dart.tokenizer.projection.weight" in load_file(output / "model" / "model.safetensors")
 
 
-def test_the_loaded_model_is_the_trained_one(finished):
+def test_loaded_model_is_the_trained_one(finished):
     output, results, _, model = finished
     loaded = AutoModelForImageClassification.from_pretrained(output / "model")
     image_processor = AutoImageProcessor.from_pretrained(output / "model")
@@ -50,7 +52,7 @@ def test_the_loaded_model_is_the_trained_one(finished):
     assert loaded.config.id2label[7] == "7"
 
 
-def test_samples_are_test_pictures(finished):
+def test_samples_are_test_images(finished):
     output, *_ = finished
     test = digits_on_photos("test", 1, 32, (16, 24))
     for number, path in enumerate(sorted((output / "images").iterdir())):
@@ -58,9 +60,9 @@ def test_samples_are_test_pictures(finished):
         assert Image.open(path).tobytes() == test[number]["image"].tobytes()
 
 
-def test_what_it_says(finished):
+def test_report_names_results_and_next_commands(finished):
     output, results, lines, _ = finished
-    assert f"Accuracy: {results['accuracy']:.1%} of 360 test pictures (chance: 10%)" in lines
+    assert f"Accuracy: {results['accuracy']:.1%} of 360 test images (chance: 10%)" in lines
     assert f"{results['regions_on_digit']['learned']:.1f} of 16 as learned" in lines
     assert f"{results['regions_on_digit']['uniform']:.1f} if spread evenly" in lines
     assert f"Results in {output}" in lines
@@ -70,7 +72,7 @@ def test_what_it_says(finished):
         assert (output / "images" / line.split()[2].rsplit("/", 1)[-1]).is_file()
 
 
-def test_the_pipeline_accuracy_counts_right_answers(tmp_path):
+def test_pipeline_accuracy_counts_right_answers(tmp_path):
     model, image_processor = small_dart([str(digit) for digit in range(10)], 32, 4)
     with torch.no_grad():
         model.classifier.weight.zero_()
@@ -82,13 +84,50 @@ def test_the_pipeline_accuracy_counts_right_answers(tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"steps": 0}, {"num_patches": 0}, {"image_size": 16}, {"test_placements": 0}])
-def test_arguments_out_of_range(tmp_path, changed):
+def test_arguments_out_of_range_are_refused(tmp_path, changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
-        run_quickstart(tmp_path, **{**SMALL, **PLACEMENTS, **changed}, say=lambda line: None)
+        run_quickstart(tmp_path, **{**SMALL, **PLACEMENTS, **changed}, report=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_a_folder(tmp_path):
+def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         run_quickstart(tmp_path / "file", **SMALL, **PLACEMENTS)
+
+
+WITHOUT_EXTRA = """
+import sys
+
+# torchmetrics imports matplotlib if it is installed.
+import torchmetrics
+
+extra = ("matplotlib", "skimage", "sklearn")
+for name in [name for name in sys.modules if name.partition(".")[0] in extra]:
+    del sys.modules[name]
+sys.modules.update(dict.fromkeys(extra))
+
+import dart_hf
+import dart_hf.benchmark, dart_hf.evaluation, dart_hf.export, dart_hf.hub.publishing, dart_hf.training.command
+from dart_hf.cli.main import app
+from dart_hf.quickstart import small_dart
+
+folder = sys.argv[1]
+model, processor = small_dart(["no", "yes"], 32, 4)
+model.save_pretrained(folder)
+processor.save_pretrained(folder)
+app(["predict", sys.argv[2], "--model", folder], standalone_mode=False)
+app(["visualize", sys.argv[2], "--model", folder, "--output", f"{folder}/regions.png"])
+"""
+
+
+def test_only_plots_and_digits_need_the_extra(tmp_path):
+    """Loading and predicting work without it, and drawing names it in one line."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    command = [sys.executable, "-c", WITHOUT_EXTRA, str(tmp_path / "model"), str(tmp_path / "red.png")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "yes" in result.stdout
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "dart-hf: Drawing needs matplotlib, which is not installed: pip install 'dart-hf[quickstart]'."
+    )

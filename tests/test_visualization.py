@@ -1,4 +1,4 @@
-"""Region pictures: what is drawn is what the regions say, and files are whole or absent."""
+"""Drawings of regions show the regions, and files are written completely or not at all."""
 
 from pathlib import Path
 
@@ -30,21 +30,21 @@ def scores(batch_size: int = 2) -> torch.Tensor:
 
 
 def outlines(axis) -> tuple[np.ndarray, np.ndarray]:
-    """The coloured segments (S, 2, 2) of a picture and the density that colours them (S,)."""
+    """The coloured segments (S, 2, 2) of a drawing, and the density (S,) that colours them."""
     (collection,) = [each for each in axis.collections if each.get_array() is not None]
     assert isinstance(collection, LineCollection)
     return np.array(collection.get_segments()), np.array(collection.get_array())
 
 
 def numbers(axis) -> dict[str, list[tuple[float, float]]]:
-    """Number beside the image -> where it stands."""
+    """Number beside the image -> its positions."""
     found: dict[str, list[tuple[float, float]]] = {}
     for text in axis.texts:
         found.setdefault(text.get_text().strip(" ▸"), []).append(text.get_position())
     return found
 
 
-def test_the_image_is_the_one_that_the_model_saw(pixel_values):
+def test_image_is_the_one_that_the_model_saw(pixel_values):
     figure = draw_regions(pixel_values, flow_regions(scores(), 10, SIDE, SIDE))
     seen = DartImageProcessor(size=SIDE, crop_size=SIDE, do_normalize=False)(data.chelsea(), return_tensors="np")
     shown = figure.axes[1].images[0]
@@ -52,7 +52,7 @@ def test_the_image_is_the_one_that_the_model_saw(pixel_values):
     assert tuple(shown.get_extent()) == (0, SIDE, SIDE, 0)
 
 
-def test_a_plain_grid_has_four_sides_per_token_and_one_colour(pixel_values):
+def test_even_grid_has_four_sides_per_token_and_one_colour(pixel_values):
     figure = draw_regions(pixel_values, uniform_regions(scores(), 16, SIDE, SIDE))
     segments, density = outlines(figure.axes[0])
     assert len(segments) == 4 * 16
@@ -62,18 +62,18 @@ def test_a_plain_grid_has_four_sides_per_token_and_one_colour(pixel_values):
     assert not figure.get_supxlabel()
 
 
-def test_colour_tells_the_tokens_per_area(pixel_values):
+def test_colour_shows_the_tokens_per_area(pixel_values):
     axis = draw_regions(pixel_values, grid_regions(scores(), 100, SIDE, SIDE)).axes[0]
     segments, density = outlines(axis)
     # Of 10 columns, 8 lie in the right half: 1.6 times an even spread there, 0.4 times on the left.
     middles = segments.mean(axis=1)[:, 0]
     np.testing.assert_allclose(density[middles > SIDE / 2 + 0.01], 1.6, rtol=1e-4)
     np.testing.assert_allclose(density[middles < SIDE / 2 - 0.01], 0.4, rtol=1e-4)
-    # The denser of two neighbours is drawn last, over the side that they share.
+    # Two neighbours share a side, and the denser one is drawn last.
     assert (np.diff(density) >= 0).all()
 
 
-def test_a_wrapped_region_is_open_and_numbered_at_both_ends(pixel_values):
+def test_wrapped_region_is_open_and_numbered_at_both_ends(pixel_values):
     regions = uniform_regions(scores(), 10, SIDE, SIDE)  # 3 bands of 3⅓ regions: two of them wrap
     figure = draw_regions(pixel_values, regions)
     segments, _ = outlines(figure.axes[0])
@@ -92,7 +92,7 @@ def test_a_wrapped_region_is_open_and_numbered_at_both_ends(pixel_values):
     assert "next band" in figure.get_supxlabel()
 
 
-def test_a_region_that_fills_a_band_is_open_at_both_sides():
+def test_region_that_fills_a_band_is_open_at_both_sides():
     tall = torch.zeros(3, 4 * SIDE, SIDE)
     figure = draw_regions(tall, uniform_regions(scores(1), 2, 4 * SIDE, SIDE))  # 3 bands of ⅔ regions
     segments, density = outlines(figure.axes[0])
@@ -101,7 +101,7 @@ def test_a_region_that_fills_a_band_is_open_at_both_sides():
     assert sorted(numbers(figure.axes[0])) == ["1", "2"]
 
 
-def test_scores_are_drawn_beside_as_density(pixel_values):
+def test_scores_are_drawn_as_density_beside_the_image(pixel_values):
     figure = draw_regions(pixel_values, flow_regions(scores(), 10, SIDE, SIDE), with_scores=True)
     pictures = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in pictures] == ["10 tokens", "density"] * 2
@@ -110,20 +110,20 @@ def test_scores_are_drawn_beside_as_density(pixel_values):
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_scores_that_say_nothing_are_drawn_even(pixel_values, value):
+def test_unusable_scores_are_drawn_as_even_density(pixel_values, value):
     figure = draw_regions(pixel_values, flow_regions(torch.full((2, 8, 8), value), 16, SIDE, SIDE), with_scores=True)
     np.testing.assert_array_equal(figure.axes[1].images[0].get_array(), np.ones((8, 8)))
     np.testing.assert_allclose(outlines(figure.axes[0])[1], 1, rtol=1e-5)
 
 
-def test_images_fill_rows_and_carry_their_titles(pixel_values):
+def test_images_fill_rows_and_have_their_titles(pixel_values):
     images = pixel_values[[0, 1, 0, 1, 0]]
     figure = draw_regions(images, uniform_regions(scores(5), 9, SIDE, SIDE), titles=list("abcde"), columns=3)
     assert [axis.get_title() for axis in figure.axes[:6]] == [*(f"{title} · 9 tokens" for title in "abcde"), ""]
     assert sum(len(axis.images) for axis in figure.axes[:6]) == 5
 
 
-def test_pyplot_is_left_alone(pixel_values, tmp_path):
+def test_pyplot_has_no_figures_of_ours(pixel_values, tmp_path):
     before = pyplot.get_fignums()
     figure = draw_regions(pixel_values, uniform_regions(scores(), 9, SIDE, SIDE))
     save_figure(figure, tmp_path / "regions.png")
@@ -131,7 +131,7 @@ def test_pyplot_is_left_alone(pixel_values, tmp_path):
     assert pyplot.get_fignums() == before
 
 
-def test_half_precision_and_gradients_are_no_obstacle(pixel_values):
+def test_half_precision_and_gradients_can_be_drawn(pixel_values):
     regions = flow_regions(scores().requires_grad_(), 10, SIDE, SIDE)
     figure = draw_regions(pixel_values.to(torch.bfloat16).requires_grad_(), regions)
     assert len(outlines(figure.axes[0])[0]) > 0
@@ -148,13 +148,13 @@ def test_half_precision_and_gradients_are_no_obstacle(pixel_values):
         ((SIDE, SIDE), {}, r"got \(64, 64\)"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(shape, settings, sentence):
+def test_arguments_that_do_not_fit_together_are_refused(shape, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         draw_regions(torch.zeros(shape), uniform_regions(scores(), 9, SIDE, SIDE), **settings)
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF"), ("a.svg", b"<?xml")])
-def test_the_ending_picks_the_format(pixel_values, tmp_path, name, start):
+def test_ending_of_the_name_decides_the_format(pixel_values, tmp_path, name, start):
     path = save_figure(draw_regions(pixel_values[0], regions_of_one()), tmp_path / name)
     assert path.read_bytes().startswith(start)
     assert [each.name for each in tmp_path.iterdir()] == [name]
@@ -173,12 +173,12 @@ def test_bad_paths_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("failing", [(Figure, "savefig"), (Path, "write_bytes")])
-def test_a_failure_leaves_the_old_file(pixel_values, tmp_path, monkeypatch, failing):
+def test_failed_write_keeps_the_old_file(pixel_values, tmp_path, monkeypatch, failing):
     path = save_figure(draw_regions(pixel_values[0], regions_of_one()), tmp_path / "regions.png")
     old = path.read_bytes()
 
     def fail(self, target, **settings):
-        # Half of the content is there when the disk is full, wherever it goes.
+        # A part of the content is written before the disk is full.
         if isinstance(self, Path):
             with self.open("wb") as file:
                 file.write(target[:100])

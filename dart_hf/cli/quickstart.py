@@ -17,4 +17,4 @@ def quickstart(
     """Train a small DART to read digits on photographs, test it, and draw where it looks (minutes on two cores)."""
     from dart_hf.quickstart import run_quickstart
 
-    run_quickstart(output, steps=steps, num_patches=num_patches, seed=seed, say=typer.echo)
+    run_quickstart(output, steps=steps, num_patches=num_patches, seed=seed, report=typer.echo)

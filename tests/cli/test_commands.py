@@ -126,7 +126,7 @@ def test_quickstart_options_reach_the_library(run, monkeypatch):
     monkeypatch.setattr(dart_hf.quickstart, "run_quickstart", library)
     assert run("quickstart", "--output", "out", "--steps", "7", "--num-patches", "25", "--seed", "3").exit_code == 0
     ((given, settings),) = library.call_args_list
-    settings.pop("say", None)
+    settings.pop("report", None)
     assert (given, settings) == ((Path("out"),), {"steps": 7, "num_patches": 25, "seed": 3})
 
 
