@@ -141,6 +141,14 @@ def test_classification_of_a_path_and_of_a_list_of_paths(classify, pictures, tmp
     assert classify(paths) == classify(pictures[:3])
 
 
+def test_classification_in_half_precision(saved, classify, pictures):
+    half = pipeline("image-classification", model=str(saved("running")), dtype=torch.float16)
+    assert half.dtype == torch.float16
+    found, expected = half(pictures[0]), classify(pictures[0])
+    assert found[0]["label"] == expected[0]["label"]
+    assert found[0]["score"] == pytest.approx(expected[0]["score"], abs=0.02)
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 99])
 def test_top_k(classify, pictures, top_k):
     every = classify(pictures[0], top_k=len(LABELS))
