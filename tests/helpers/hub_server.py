@@ -1,28 +1,25 @@
 """A Hub for tests: it answers the real huggingface_hub client over HTTP, on this computer, from memory.
 
     with HubServer() as hub:  # or the fixture `hub`
-        hub.add("user/model", {"config.json": b"{}"})  # or a folder, as a Path
-        hub.run([sys.executable, "script.py"], home=tmp_path, token=WRITE_TOKEN)  # or Popen with hub.environment(...)
-        hub.repository("user/model").files("main")  # what is there now: path -> bytes; each revision is one snapshot
+        hub.add("user/model", {"config.json": b"{}"})  # or a folder, as a Path; "datasets/user/name" for a data set
+        hub.run([sys.executable, "script.py"], home=tmp_path, token=WRITE_TOKEN)
+        hub.repository("user/model").files("main")  # path -> bytes
 
-huggingface_hub reads its endpoint when it is imported, so its calls belong in a subprocess of their own.
-Uploads go through git LFS, not Xet. Data sets are named as in their address, "datasets/user/name".
+huggingface_hub reads the Hub's address when it is imported, so calls belong into a subprocess. Uploads use git LFS.
 
-Who asks is told by the token. `user` owns "user/…", with WRITE_TOKEN or, only to read, READ_TOKEN. STRANGER_TOKEN is of
-somebody else, who sees no private repository and may only open pull requests. Without a token, public ones can be read.
+WRITE_TOKEN and READ_TOKEN belong to `user`, who owns "user/…". STRANGER_TOKEN belongs to somebody else, who sees no
+private repository and may only open pull requests. Without a token, public repositories can be read.
 
-Things go wrong on demand, by the name that a request has in `ROUTES`:
+Requests fail on demand, by their names in `ROUTES`:
 
-    hub.fail("commit", 500)  # the next commit is answered so, and not done
+    hub.fail("commit", 500)  # the next commit is refused
     hub.fail("resolve", 404, code="EntryNotFound", path="config.json")  # only for that file
-    hub.fail("lfs_upload", "drop request", after_bytes=1000)  # the connection breaks when so much has arrived
-    hub.fail("commit", "drop answer")  # done, but nobody hears of it; after_bytes=N: breaks in the answer's body
-    hub.fail("preupload", "stall", times=3)  # no answer; hub.stalled is set when a request has come to that
-    hub.mend()  # all is well again
+    hub.fail("lfs_upload", "drop request", after_bytes=1000)  # the connection breaks after 1000 bytes of the request
+    hub.fail("commit", "drop answer")  # the commit is made, but the answer is lost, or breaks after `after_bytes`
+    hub.fail("preupload", "stall", times=3)  # no answer; `hub.stalled` is set when such a request arrives
+    hub.mend()  # removes all faults
 
-The client repeats some requests by itself, up to five times: preupload, lfs_batch, lfs_upload, lfs_verify, resolve_head
-and lists a second later after a status of 5xx, and 1, 2, 4, 8, 8 seconds later after a broken connection (which ends
-resolve_head at once). A broken download goes on after what is stored already, 10 MB at a time.
+The client repeats some requests up to five times after a status of 5xx or a broken connection.
 """
 
 import base64
@@ -37,7 +34,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import cached_property
 from http import HTTPStatus
@@ -50,13 +46,15 @@ from huggingface_hub import ModelCard
 from yaml import YAMLError
 
 WRITE_TOKEN, READ_TOKEN, STRANGER_TOKEN = "hf_write", "hf_read", "hf_stranger"
-LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.parquet", "*.tar.gz", "*.zip")
-LFS_SIZE = 10 * 2**20  # bytes from which on any file is an LFS file
+# Token -> its user, and whether it may write.
+ACCOUNTS = {WRITE_TOKEN: ("user", True), READ_TOKEN: ("user", False), STRANGER_TOKEN: ("stranger", True)}
+LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pth")
 MAIN = "refs/heads/main"
+DATE = "2026-01-01T00:00:00.000Z"
 
 
 class Refusal(Exception):
-    """What the Hub says no with: an HTTP status, a sentence, and a code that the client knows."""
+    """An HTTP status, a sentence, and a code that the client knows."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -64,7 +62,7 @@ class Refusal(Exception):
         self.code = code
 
 
-# What is stored.
+# --- what is stored ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,56 +76,40 @@ class Blob:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
-    def pointer(self) -> bytes:
-        """What git keeps in place of an LFS file."""
-        size = len(self.content)
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {size}\n".encode()
-
     @cached_property
-    def git_id(self) -> str:
-        data = self.pointer if self.is_lfs else self.content
-        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        """By which the client knows the content again."""
-        return self.sha256 if self.is_lfs else self.git_id
+    def oid(self) -> str:
+        """The id by which the client recognises the content."""
+        if self.is_lfs:
+            return self.sha256
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A snapshot of all files; its id follows from them, its message and the commit before."""
+    """A snapshot of all files."""
 
     files: Mapping[str, Blob]
     title: str
-    message: str = ""
     parent: str | None = None
-    date: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @cached_property
     def id(self) -> str:
-        files = sorted((path, blob.git_id) for path, blob in self.files.items())
-        return hashlib.sha1(json.dumps([self.parent, self.title, self.message, files]).encode()).hexdigest()
+        files = sorted((path, blob.oid) for path, blob in self.files.items())
+        return hashlib.sha1(json.dumps([self.parent, self.title, files]).encode()).hexdigest()
 
 
 class Repository:
-    """Commits, and the references to them: branches (refs/heads/…), tags (refs/tags/…), pull requests (refs/pr/…)."""
+    """Commits, and references to them: branches (refs/heads/…), tags (refs/tags/…) and pull requests (refs/pr/…)."""
 
     def __init__(self, name: str, private: bool = False) -> None:
-        self.name = name
+        self.owner = name.split("/")[-2] if "/" in name else ""
         self.private = private
         self.commits: list[Commit] = []
         self.refs: dict[str, str] = {}
-        rules = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
-        self.commit(MAIN, Commit({".gitattributes": Blob(rules.encode())}, "initial commit"))
-
-    @property
-    def owner(self) -> str:
-        return owner(self.name)
+        self.commit(MAIN, Commit({".gitattributes": Blob(" filter=lfs\n".join(LFS_PATTERNS).encode())}, "initial"))
 
     def find(self, revision: str = "main") -> Commit:
-        """The commit that a branch, tag, full reference or id means."""
+        """Return the commit that a branch, tag, full reference or id names."""
         names = (f"refs/heads/{revision}", f"refs/tags/{revision}", revision)
         wanted = next((self.refs[name] for name in names if name in self.refs), revision)
         for commit in self.commits:
@@ -139,97 +121,40 @@ class Repository:
         return {path: blob.content for path, blob in self.find(revision).files.items()}
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """From the newest to the first."""
+        """Return the commits from the newest to the first."""
         commits = [self.find(revision)]
         while commits[-1].parent is not None:
             commits.append(self.find(commits[-1].parent))
         return commits
 
     def commit_target(self, revision: str) -> str:
-        """The reference that a commit to `revision` moves: a branch or a pull request."""
+        """Return the branch or pull request that a commit to `revision` moves."""
         for ref in (f"refs/heads/{revision}", revision):
             if ref in self.refs and not ref.startswith("refs/tags/"):
                 return ref
         raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
-    def new_pull_request(self) -> str:
-        return f"refs/pr/{1 + sum(ref.startswith('refs/pr/') for ref in self.refs)}"
-
     def commit(self, ref: str, commit: Commit) -> None:
         self.commits.append(commit)
         self.refs[ref] = commit.id
 
-    def name_commit(self, ref: str, revision: str) -> None:
-        """Make a branch or tag."""
+    def add_ref(self, ref: str, revision: str) -> None:
+        """Add a branch or tag."""
         if ref in self.refs:
             raise Refusal(409, f"Reference already exists: {ref}")
         self.refs[ref] = self.find(revision).id
 
 
-class Storage:
-    """All repositories by name, and the content of LFS files by their SHA-256, committed or not."""
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
-        self.lfs: dict[str, bytes] = {}
-
-    def create(self, name: str, private: bool = False) -> Repository:
-        return self.repositories.setdefault(name, Repository(name, private))
-
-    def blob(self, path: str, content: bytes) -> Blob:
-        blob = Blob(content, is_lfs(path, len(content)))
-        if blob.is_lfs:
-            self.lfs[blob.sha256] = content
-        return blob
-
-    def lfs_blob(self, sha256: str) -> Blob:
-        if sha256 not in self.lfs:
-            raise Refusal(400, f"LFS object {sha256} was never uploaded.")
-        return Blob(self.lfs[sha256], is_lfs=True)
-
-    def edited(self, files: Mapping[str, Blob], operations: Iterable[Mapping[str, Any]]) -> dict[str, Blob]:
-        """The files after the operations of a commit request."""
-        edited = dict(files)
-        for operation in operations:
-            value = operation["value"]
-            path = value["path"]
-            match operation["key"]:
-                case "file":
-                    edited[path] = Blob(base64.b64decode(value["content"]))
-                case "lfsFile":
-                    edited[path] = self.lfs_blob(value["oid"])
-                case "deletedFile" | "deletedFolder" as key:
-                    gone = [name for name in edited if name == path or name.startswith(path.rstrip("/") + "/")]
-                    if not gone or (key == "deletedFile" and path not in gone):
-                        raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-                    for name in gone:
-                        del edited[name]
-                case key:
-                    raise Refusal(400, f"Unknown operation {key!r}.")
-        return edited
+def is_lfs(path: str) -> bool:
+    return any(fnmatch(Path(path).name, pattern) for pattern in LFS_PATTERNS)
 
 
-def owner(name: str) -> str:
-    """Of a repository: the user before the last slash."""
-    return name.split("/")[-2] if "/" in name else ""
-
-
-def is_lfs(path: str, size: int) -> bool:
-    return size >= LFS_SIZE or any(fnmatch(Path(path).name, pattern) for pattern in LFS_PATTERNS)
-
-
-def card_metadata(readme: str) -> dict[str, Any]:
-    """What stands between the dashes at the top of a README.md. ValueError or YAMLError: it is no valid metadata."""
-    return ModelCard(readme).data.to_dict()
-
-
-# What is asked, and what is answered.
+# --- requests and answers ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Request:
     method: str
-    path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
@@ -251,10 +176,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A line of the log. The status is None where the connection was dropped."""
+    """A line of the log. The status is None if the connection was dropped."""
 
     where: str
-    method: str
     path: str
     token: str | None
     status: int | None
@@ -270,44 +194,37 @@ def as_refusal(refusal: Refusal, headers: Mapping[str, str] | None = None) -> An
     if refusal.code:
         headers["X-Error-Code"] = refusal.code
     if refusal.status >= 500:
-        headers["Retry-After"] = "0"  # the client waits a second instead of longer and longer
+        headers["Retry-After"] = "0"  # else the client waits longer each time
     return Answer(answer.body, refusal.status, headers)
 
 
 def as_content(request: Request, blob: Blob, headers: Mapping[str, str]) -> Answer:
-    """The file, or the part of it that the request's Range names."""
-    headers = {**headers, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
+    """Answer with the file, or with the part that the request's Range names."""
+    headers = {**headers, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
     if not asked:
         return Answer(blob.content, headers=headers)
     size = len(blob.content)
     start, end = int(asked[1]), min(int(asked[2] or size - 1), size - 1)
-    if start > end:
-        return Answer(b"", 416, {"Content-Range": f"bytes */{size}"})
     return Answer(blob.content[start : end + 1], 206, {**headers, "Content-Range": f"bytes {start}-{end}/{size}"})
 
 
 def as_entry(path: str, blob: Blob) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob.git_id, "size": len(blob.content)}
+    entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.content)}
     if blob.is_lfs:
-        entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
+        entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 100}
     return entry
 
 
-def as_time(date: datetime) -> str:
-    return date.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+# --- the API: a name for each request, and a method of that name ------------------------------------------------------
 
-
-# The API: a name for each request, and a method of that name.
-
-NAME = r"(?P<name>(?:(?:datasets|spaces)/)?[^/]+(?:/[^/]+)?)"
-API = rf"/api/(?:models/|(?=datasets/|spaces/)){NAME}"
+NAME = r"(?P<name>(?:datasets/)?[^/]+(?:/[^/]+)?)"
+API = rf"/api/(?:models/|(?=datasets/)){NAME}"
 REVISION = r"(?P<revision>[^/]+)"
 
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
-    ("DELETE", r"/api/repos/delete", "delete"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", rf"{API}/preupload/{REVISION}", "preupload"),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -315,9 +232,7 @@ ROUTES = [
     ("POST", rf"/{NAME}\.git/info/lfs/objects/verify", "lfs_verify"),
     ("POST", rf"{API}/commit/{REVISION}", "commit"),
     ("POST", rf"{API}/branch/(?P<branch>[^/]+)", "branch"),
-    ("POST", rf"{API}/tag/{REVISION}", "tag"),
     ("GET", rf"{API}/refs", "refs"),
-    ("GET", rf"{API}/commits/{REVISION}", "commits"),
     ("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.*))?", "tree"),
     ("POST", rf"{API}/paths-info/{REVISION}", "paths_info"),
     ("GET", rf"{API}(?:/revision/{REVISION})?", "info"),
@@ -325,83 +240,82 @@ ROUTES = [
     ("GET", rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
     ("GET", r"/lfs/(?P<sha256>\w+)", "lfs_download"),
 ]
-ENDPOINTS = {where for _, _, where in ROUTES}
-
-
-@dataclass(frozen=True)
-class Account:
-    user: str
-    writes: bool
-
-
-ACCOUNTS = {
-    WRITE_TOKEN: Account("user", writes=True),
-    READ_TOKEN: Account("user", writes=False),
-    STRANGER_TOKEN: Account("stranger", writes=True),
-}
 
 
 class Api:
-    """Answers requests from the storage.
+    """Answers requests.
 
     Args:
-        storage: What there is, and changes.
-        address: The server's own, in answers.
-        lfs_address: Where LFS files are sent and fetched; another host, as on the Hub, so that no token goes there.
+        address: The server's address.
+        lfs_address: Where LFS files are sent and fetched. Another host, as on the Hub, so that it gets no token.
     """
 
-    def __init__(self, storage: Storage, address: str, lfs_address: str) -> None:
-        self.storage = storage
+    def __init__(self, address: str, lfs_address: str) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.lfs: dict[str, bytes] = {}  # by their SHA-256, committed or not
         self.address = address
         self.lfs_address = lfs_address
 
+    def blob(self, path: str, content: bytes) -> Blob:
+        blob = Blob(content, is_lfs(path))
+        if blob.is_lfs:
+            self.lfs[blob.sha256] = content
+        return blob
+
+    def lfs_blob(self, sha256: str) -> Blob:
+        if sha256 not in self.lfs:
+            raise Refusal(400, f"LFS object {sha256} was never uploaded.")
+        return Blob(self.lfs[sha256], is_lfs=True)
+
+    def edit(self, files: Mapping[str, Blob], operations: Iterable[Mapping[str, Any]]) -> dict[str, Blob]:
+        """Return the files after the operations of a commit request."""
+        edited = dict(files)
+        for operation in operations:
+            value, path = operation["value"], operation["value"]["path"]
+            match operation["key"]:
+                case "file":
+                    edited[path] = Blob(base64.b64decode(value["content"]))
+                case "lfsFile":
+                    edited[path] = self.lfs_blob(value["oid"])
+                case "deletedFile":
+                    if edited.pop(path, None) is None:
+                        raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+                case key:
+                    raise Refusal(400, f"Unknown operation {key!r}.")
+        return edited
+
     def whoami(self, request: Request) -> Answer:
-        account = self._account(request)
-        if account is None:
-            raise Refusal(401, "Invalid username or password.")
-        token = {"displayName": "test", "role": "write" if account.writes else "read"}
-        auth = {"type": "access_token", "accessToken": token}
-        return as_json({"type": "user", "name": account.user, "fullname": account.user, "orgs": [], "auth": auth})
+        user, _ = self._account(request)
+        return as_json({"type": "user", "name": user, "fullname": user, "orgs": [], "auth": {"type": "access_token"}})
 
     def create(self, request: Request) -> Answer:
-        account = self._account(request)
-        if account is None:
-            raise Refusal(401, "Invalid username or password.")
+        user, writes = self._account(request)
         asked = request.json()
-        name = self._asked_name(asked, account)
-        if not account.writes or owner(name) != account.user:
-            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner(name)}"')
+        owner = asked.get("organization") or user
+        name = f"{owner}/{asked['name']}"
+        if not writes or owner != user:
+            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         about = {"url": f"{self.address}/{name}", "name": name}
-        if name in self.storage.repositories:
+        if name in self.repositories:
             return as_json({"error": "You already created this model repo", **about}, 409)
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        self.storage.create(name, private)
+        self.repositories[name] = Repository(name, asked.get("visibility") == "private")
         return as_json(about)
-
-    def delete(self, request: Request) -> Answer:
-        asked = request.json()
-        account = self._account(request)
-        repository = self._writable(request, self._asked_name(asked, account) if account else asked["name"])
-        del self.storage.repositories[repository.name]
-        return Answer()
 
     def validate_yaml(self, request: Request) -> Answer:
         try:
-            metadata = card_metadata(request.json()["content"])
+            ModelCard(request.json()["content"])
         except (ValueError, YAMLError) as error:
             return as_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
-        warnings = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
-        return as_json({"errors": [], "warnings": warnings})
+        return as_json({"errors": [], "warnings": []})
 
     def preupload(self, request: Request, name: str, revision: str) -> Answer:
-        repository = self._writable(request, name)
-        there = repository.find(revision).files
+        there = self._writable(request, name).find(revision).files
         files = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular",
+                "uploadMode": "lfs" if is_lfs(file["path"]) else "regular",
                 "shouldIgnore": False,
-                "oid": there[file["path"]].etag if file["path"] in there else None,
+                "oid": there[file["path"]].oid if file["path"] in there else None,
             }
             for file in request.json()["files"]
         ]
@@ -412,22 +326,20 @@ class Api:
         verify = {"href": f"{self.address}/{name}.git/info/lfs/objects/verify"}
         objects = []
         for file in request.json()["objects"]:
-            missing = file["oid"] not in self.storage.lfs
             actions = {"upload": {"href": f"{self.lfs_address}/lfs/{file['oid']}"}, "verify": verify}
-            objects.append({**file, "actions": actions} if missing else file)
+            objects.append(file if file["oid"] in self.lfs else {**file, "actions": actions})
         return as_json({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, request: Request, sha256: str) -> Answer:
-        blob = Blob(request.body, is_lfs=True)
-        if blob.sha256 != sha256:
+        if Blob(request.body).sha256 != sha256:
             raise Refusal(400, "The content does not have the announced SHA-256.")
-        self.storage.lfs[sha256] = request.body
+        self.lfs[sha256] = request.body
         return Answer(headers={"ETag": f'"{sha256}"'})
 
     def lfs_verify(self, request: Request, name: str) -> Answer:
         self._writable(request, name, as_guest=True)
         asked = request.json()
-        if len(self.storage.lfs_blob(asked["oid"]).content) != asked["size"]:
+        if len(self.lfs_blob(asked["oid"]).content) != asked["size"]:
             raise Refusal(400, "The object has another size.")
         return as_json({})
 
@@ -437,13 +349,13 @@ class Api:
         about = header["value"]
         expected = about.get("parentCommit")
         if request.query.get("create_pr"):
-            ref, parent = repository.new_pull_request(), repository.find(expected or revision)
+            number = 1 + sum(ref.startswith("refs/pr/") for ref in repository.refs)
+            ref, parent = f"refs/pr/{number}", repository.find(expected or revision)
         else:
             ref, parent = repository.commit_target(revision), repository.find(revision)
             if expected not in (None, parent.id):
                 raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-        files = self.storage.edited(parent.files, operations)
-        commit = Commit(files, about["summary"], about.get("description", ""), parent.id)
+        commit = Commit(self.edit(parent.files, operations), about["summary"], parent.id)
         repository.commit(ref, commit)
         answer = {"success": True, "commitOid": commit.id, "commitUrl": f"{self.address}/{name}/commit/{commit.id}"}
         if ref.startswith("refs/pr/"):
@@ -452,37 +364,18 @@ class Api:
 
     def branch(self, request: Request, name: str, branch: str) -> Answer:
         start = request.json().get("startingPoint", "main")
-        self._writable(request, name).name_commit(f"refs/heads/{branch}", start)
-        return as_json({})
-
-    def tag(self, request: Request, name: str, revision: str) -> Answer:
-        self._writable(request, name).name_commit(f"refs/tags/{request.json()['tag']}", revision)
+        self._writable(request, name).add_ref(f"refs/heads/{branch}", start)
         return as_json({})
 
     def refs(self, request: Request, name: str) -> Answer:
-        repository = self._readable(request, name)
+        refs = self._readable(request, name).refs
 
         def below(start: str) -> list[dict[str, str]]:
-            refs = [(ref, commit) for ref, commit in repository.refs.items() if ref.startswith(start)]
-            return [{"name": ref.removeprefix(start), "ref": ref, "targetCommit": commit} for ref, commit in refs]
+            found = [(ref, commit) for ref, commit in refs.items() if ref.startswith(start)]
+            return [{"name": ref.removeprefix(start), "ref": ref, "targetCommit": commit} for ref, commit in found]
 
         kinds = {"branches": "heads", "tags": "tags", "pullRequests": "pr", "converts": "convert"}
         return as_json({kind: below(f"refs/{part}/") for kind, part in kinds.items()})
-
-    def commits(self, request: Request, name: str, revision: str) -> Answer:
-        repository = self._readable(request, name)
-        return as_json(
-            [
-                {
-                    "id": commit.id,
-                    "title": commit.title,
-                    "message": commit.message,
-                    "authors": [{"user": repository.owner}],
-                    "date": as_time(commit.date),
-                }
-                for commit in repository.history(revision)
-            ]
-        )
 
     def tree(self, request: Request, name: str, revision: str, path: str | None) -> Answer:
         files = self._readable(request, name).find(revision).files
@@ -508,22 +401,18 @@ class Api:
     def info(self, request: Request, name: str, revision: str | None) -> Answer:
         repository = self._readable(request, name)
         commit = repository.find(revision or "main")
-        about: dict[str, Any] = {
-            "id": name.removeprefix("datasets/").removeprefix("spaces/"),
+        about = {
+            "id": name.removeprefix("datasets/"),
             "author": repository.owner,
             "sha": commit.id,
             "private": repository.private,
             "gated": False,
             "disabled": False,
-            "createdAt": as_time(repository.commits[0].date),
-            "lastModified": as_time(commit.date),
+            "createdAt": DATE,
+            "lastModified": DATE,
             "siblings": [{"rfilename": path} for path in commit.files],
             "tags": [],
         }
-        with suppress(KeyError, ValueError, YAMLError):
-            card = card_metadata(commit.files["README.md"].content.decode())
-            about["cardData"] = card
-            about |= {key: card[key] for key in ("tags", "pipeline_tag", "library_name", "model-index") if key in card}
         return as_json(about)
 
     def resolve_head(self, request: Request, name: str, revision: str, path: str) -> Answer:
@@ -537,63 +426,49 @@ class Api:
             return as_refusal(Refusal(404, "Entry not found", "EntryNotFound"), headers)
         if not blob.is_lfs:
             return as_content(request, blob, headers)
-        headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": f'"{blob.etag}"'}
+        headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": f'"{blob.oid}"'}
         return Answer(b"", 302, {**headers, "Location": f"{self.lfs_address}/lfs/{blob.sha256}"})
 
     def lfs_download(self, request: Request, sha256: str) -> Answer:
-        return as_content(request, self.storage.lfs_blob(sha256), {})
+        return as_content(request, self.lfs_blob(sha256), {})
 
-    def _account(self, request: Request) -> Account | None:
-        if request.token is not None and request.token not in ACCOUNTS:
-            raise Refusal(401, "Invalid credentials in Authorization header")
-        return ACCOUNTS.get(request.token or "")
-
-    def _asked_name(self, asked: Mapping[str, Any], account: Account) -> str:
-        kind = asked.get("type") or "model"
-        name = f"{asked.get('organization') or account.user}/{asked['name']}"
-        return name if kind == "model" else f"{kind}s/{name}"
+    def _account(self, request: Request) -> tuple[str, bool]:
+        if request.token not in ACCOUNTS:
+            raise Refusal(401, "Invalid username or password.", None if request.token else "RepoNotFound")
+        return ACCOUNTS[request.token]
 
     def _readable(self, request: Request, name: str) -> Repository:
-        """The Hub does not tell a repository that one may not see from one that does not exist.
-
-        Without a token it is a 401, which the client takes for "not found" anyway over https, over http by its code.
-        """
-        account = self._account(request)
-        repository = self.storage.repositories.get(name)
-        if repository and (not repository.private or (account and account.user == repository.owner)):
+        """The Hub answers alike for repositories that one may not see and those that do not exist."""
+        user = self._account(request)[0] if request.token else None
+        repository = self.repositories.get(name)
+        if repository and (not repository.private or user == repository.owner):
             return repository
-        if account is None:
-            raise Refusal(401, "Invalid username or password.", "RepoNotFound")
-        raise Refusal(404, "Repository not found", "RepoNotFound")
+        raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
 
     def _writable(self, request: Request, name: str, as_guest: bool = False) -> Repository:
         """Guests, who write to somebody else's public repository, may only do so for a pull request."""
         repository = self._readable(request, name)
-        account = self._account(request)
-        if account is None:
-            raise Refusal(401, "Invalid username or password.", "RepoNotFound")
-        if not account.writes:
+        user, writes = self._account(request)
+        if not writes:
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
-        if account.user != repository.owner and not (as_guest or request.query.get("create_pr")):
+        if user != repository.owner and not (as_guest or request.query.get("create_pr")):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repository
 
 
-# The server.
-
-BREAKS = ("drop request", "drop answer", "stall")
+# --- the server -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of a kind: see the module's text."""
+    """What goes wrong with the next `times` requests of a kind, see the module's docstring."""
 
     where: str
     how: int | str
-    times: int
-    after_bytes: int
-    path: str
-    code: str | None
+    times: int = 1
+    after_bytes: int = 0
+    path: str = ""
+    code: str | None = None
 
     def refusal(self) -> Refusal:
         messages = {401: "Invalid credentials in Authorization header", 404: "Repository not found"}
@@ -602,15 +477,14 @@ class Fault:
 
 
 class HubServer:
-    """A Hub at `hub.address` while the `with` block lasts. How to use it stands at the top of this module.
+    """A Hub at `hub.address` inside the `with` block; the module's docstring shows its use.
 
     Args:
-        requests: The log, `Exchange` by `Exchange`, in the order of the answers.
-        stalled: Set when a request has come to a "stall".
+        requests: The log, in the order of the answers.
+        stalled: Set when a request arrives that is not answered.
     """
 
     def __init__(self) -> None:
-        self.storage = Storage()
         self.requests: list[Exchange] = []
         self.stalled = threading.Event()
         self._closing = threading.Event()
@@ -619,7 +493,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         port = self._server.server_address[1]
         self.address = f"http://127.0.0.1:{port}"
-        self._api = Api(self.storage, self.address, f"http://localhost:{port}")
+        self.api = Api(self.address, f"http://localhost:{port}")
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -631,7 +505,7 @@ class HubServer:
         self._server.server_close()
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """For a subprocess that uses this Hub, with its cache in the folder `home`, and nothing of the caller's."""
+        """Return the environment of a subprocess that uses this Hub, with its cache in the folder `home`."""
         foreign = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
         environment = {
             name: value
@@ -652,13 +526,13 @@ class HubServer:
     def run(
         self, command: Sequence[str | Path], home: Path, token: str | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end in that environment, and keep what it prints."""
+        """Run a command in that environment, and keep what it prints."""
         environment = self.environment(home, token)
         return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=timeout)
 
     @contextmanager
     def conversation(self, code: str, home: Path, token: str | None = None) -> Iterator[Callable[[str], str]]:
-        """Run Python code that answers lines with lines, and ask it; so that several tests share one slow start."""
+        """Run Python code that answers lines with lines, so that several tests share one slow start."""
         with subprocess.Popen(
             [sys.executable, "-c", code],
             env=self.environment(home, token),
@@ -676,56 +550,39 @@ class HubServer:
             yield ask
 
     def repository(self, name: str) -> Repository:
-        """KeyError: there is none of this name."""
-        return self.storage.repositories[name]
+        return self.api.repositories[name]
 
     def add(self, name: str, files: Mapping[str, bytes] | Path, private: bool = False) -> Commit:
-        """Commit files, or those in a folder, to the main branch of a repository, which is made if missing."""
+        """Commit files, or those in a folder, to the main branch of a new or existing repository."""
         if isinstance(files, Path):
             paths = sorted(path for path in files.rglob("*") if path.is_file())
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
         with self._lock:
-            repository = self.storage.create(name, private)
+            repository = self.api.repositories.setdefault(name, Repository(name, private))
             parent = repository.find()
-            blobs = {path: self.storage.blob(path, content) for path, content in files.items()}
-            commit = Commit({**parent.files, **blobs}, "Add files", parent=parent.id)
+            blobs = {path: self.api.blob(path, content) for path, content in files.items()}
+            commit = Commit({**parent.files, **blobs}, "Add files", parent.id)
             repository.commit(MAIN, commit)
         return commit
 
-    def fail(
-        self,
-        where: str,
-        how: int | str,
-        times: int = 1,
-        after_bytes: int = 0,
-        path: str = "",
-        code: str | None = None,
-    ) -> None:
-        """Let the next requests of a kind go wrong.
-
-        Args:
-            where: Which, by the name in `ROUTES`.
-            how: An HTTP status, "drop request", "drop answer" or "stall".
-            times: How many.
-            after_bytes: Of the request's or the answer's body, when the connection is to break within it.
-            path: Only requests whose address contains this.
-            code: The Hub's error code for a status, such as "EntryNotFound" or "GatedRepo".
-        """
-        if where not in ENDPOINTS or not (isinstance(how, int) or how in BREAKS):
+    def fail(self, where: str, how: int | str, **settings: Any) -> None:
+        """Let the next requests fail; `settings` are those of [`Fault`]."""
+        known = isinstance(how, int) or how in ("drop request", "drop answer", "stall")
+        if not known or where not in {name for _, _, name in ROUTES}:
             raise ValueError(f"There is no fault {how!r} for {where!r}.")
         with self._lock:
-            self._faults.append(Fault(where, how, times, after_bytes, path, code))
+            self._faults.append(Fault(where, how, **settings))
 
     def mend(self) -> None:
-        """Let nothing go wrong any more."""
+        """Remove all faults."""
         with self._lock:
             self._faults.clear()
 
     def seen(self, where: str) -> list[Exchange]:
-        """The requests of a kind."""
+        """Return the requests of a kind."""
         return [exchange for exchange in self.requests if exchange.where == where]
 
-    def _take_fault(self, where: str, path: str) -> Fault | None:
+    def take_fault(self, where: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self._faults:
                 if fault.times > 0 and fault.where == where and fault.path in path:
@@ -733,13 +590,16 @@ class HubServer:
                     return fault
         return None
 
-    def _answer(self, where: str, request: Request, parts: Mapping[str, str | None]) -> Answer:
-        """One request at a time: each sees and leaves whole commits."""
+    def answer(self, where: str, request: Request, parts: Mapping[str, str | None]) -> Answer:
+        """Answer one request at a time, so that each sees whole commits."""
         with self._lock:
             try:
-                return getattr(self._api, where)(request, **parts)
+                return getattr(self.api, where)(request, **parts)
             except Refusal as refusal:
                 return as_refusal(refusal)
+
+    def wait_for_end(self) -> None:
+        self._closing.wait()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -749,36 +609,36 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        with suppress(ConnectionError):  # the client has gone, or is to think that the Hub has
+        with suppress(ConnectionError):  # the client has gone, or is to believe that the Hub has
             self._serve()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         where, parts = self._route(url.path)
-        fault = self.hub._take_fault(where, url.path)
+        fault = self.hub.take_fault(where, url.path)
 
         def log(status: int | None) -> None:
-            request = Request(self.command, url.path, query, self.headers, b"")
-            self.hub.requests.append(Exchange(where, self.command, url.path, request.token, status))
+            token = Request(self.command, query, self.headers, b"").token
+            self.hub.requests.append(Exchange(where, url.path, token, status))
 
         if fault and fault.how in ("drop request", "stall"):
             self.rfile.read(fault.after_bytes)
             log(None)
             if fault.how == "stall":
                 self.hub.stalled.set()
-                self.hub._closing.wait()
+                self.hub.wait_for_end()
             self._drop()
 
-        request = Request(self.command, url.path, query, self.headers, self._body())
+        request = Request(self.command, query, self.headers, self._body())
         if where == "unknown":
             answer = as_refusal(Refusal(404, f"This Hub knows no {self.command} {url.path}."))
         elif fault and fault.how != "drop answer":
             answer = as_refusal(fault.refusal())
         else:
-            answer = self.hub._answer(where, request, parts)
+            answer = self.hub.answer(where, request, parts)
         if fault and fault.how == "drop answer":
             log(None)
             if fault.after_bytes:
@@ -795,24 +655,9 @@ class _Handler(BaseHTTPRequestHandler):
         return "unknown", {}
 
     def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            chunks = []
-            while size := int(self._line(), 16):
-                chunks.append(self._read(size))
-                self._line()
-            self._line()
-            return b"".join(chunks)
-        return self._read(int(self.headers.get("Content-Length", 0)))
-
-    def _line(self) -> bytes:
-        line = self.rfile.readline()
-        if not line.endswith(b"\n"):
-            raise ConnectionAbortedError("The client has gone in the middle of a request.")
-        return line.strip()
-
-    def _read(self, size: int) -> bytes:
+        size = int(self.headers.get("Content-Length", 0))
         data = self.rfile.read(size)
-        if len(data) < size:
+        if len(data) < size or "Transfer-Encoding" in self.headers:
             raise ConnectionAbortedError("The client has gone in the middle of a request.")
         return data
 
@@ -828,7 +673,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-        raise ConnectionAbortedError("The connection is dropped as asked for.")
+        raise ConnectionAbortedError("The connection is dropped on purpose.")
 
     def log_message(self, format: str, *values: object) -> None:
-        """The log is `hub.requests`."""
+        """Print nothing: the log is `hub.requests`."""
