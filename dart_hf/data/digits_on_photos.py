@@ -1,7 +1,7 @@
-"""Handwritten digits pasted small onto photographs: real images that come with the installation, nothing is downloaded.
+"""Small handwritten digits on photographs: real images that come with installed packages, without a download.
 
-The digits are scikit-learn's (1,797 scans of 8×8 pixels), the photographs scikit-image's, darkened so that the digit is
-the brightest thing around.
+The digits are scikit-learn's (1,797 scans of 8×8 pixels). The photographs are scikit-image's, darkened so that the
+digit is the brightest part of an image.
 """
 
 import io
@@ -13,11 +13,11 @@ from PIL import Image as PILImage
 
 from dart_hf.environment import require_packages
 
-# The photographs that are part of the scikit-image package itself; others would be downloaded.
+# The photographs in the scikit-image package itself; it would download others.
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel", "rocket")
 PHOTOGRAPH_BRIGHTNESS = 0.5
 NUM_TEST_DIGITS = 360
-# How much of a pixel the pen must cover for it to count as part of the digit when the digit's box is drawn.
+# A pixel counts as part of the digit, and of its box, if the pen covers this much of it.
 STROKE = 0.25
 
 FEATURES = Features(
@@ -37,17 +37,17 @@ def digits_on_photos(
     digit_sizes: tuple[int, int] = (28, 48),
     seed: int = 0,
 ) -> Dataset:
-    """Paste every digit of a split `placements` times, each time at another size and place of another photograph crop.
+    """Paste every digit of a split `placements` times, at random sizes and places on random photograph crops.
 
     Train and test share no digit and no piece of photograph: training pictures are cut from the left halves of the
     photographs, test pictures from the right halves. The same arguments give the same pictures.
 
     Args:
-        split: `"train"` (1,437 digits) or `"test"` (360 digits, as many of every class as can be).
-        placements: How many pictures are made of each digit.
+        split: `"train"` (1,437 digits) or `"test"` (360 digits, with equally many of each class as far as possible).
+        placements: Number of pictures of each digit.
         image_size: Side of the pictures in pixels.
         digit_sizes: Smallest and largest side in pixels to which the 8×8 scan is enlarged.
-        seed: Of the placements. Which digits belong to which split does not depend on it.
+        seed: The seed of the placements. The digits of a split do not depend on it.
 
     Returns:
         Columns `image` (RGB), `label` (0 to 9), `box` (the strokes of the digit: x0, y0, x1, y1 in pixels) and `digit`

@@ -1,4 +1,4 @@
-"""Classes by their names: which of a model's is which of a data set's, or of another model's."""
+"""Match the classes of a data set, or of another model, to those of a model by their names."""
 
 import re
 from collections import Counter
@@ -7,23 +7,26 @@ from collections.abc import Sequence
 from timm.data import ImageNetInfo
 from transformers import PreTrainedModel
 
-# Two lists of names that agree in this share of places are one list in two spellings: ImageNet's two cranes have other
-# names wherever one looks. Of fewer than a hundred names all must agree.
+# Two lists with this share of equal names are one list in two spellings: ImageNet has two classes "crane", and every
+# source names them differently. With fewer than a hundred classes all names must be equal.
 SAME_LIST = 0.99
 
 
 def match_labels(data_names: Sequence[str], model_names: Sequence[str]) -> list[int]:
-    """Which class of a model each class of a data set, or of another model, is.
+    """Find the model's class for each class of a data set or of another model.
 
-    Classes are matched by name; capitals, underscores and hyphens do not matter, and the data may have only some of the
-    model's classes, in any order. ImageNet's classes may have its synset ids as names (`n01440764`). Where one of the
-    two has only numbers for names, as many as the other has classes, the numbers decide.
+    Classes are matched by name, whatever the capitals, underscores and hyphens. The data may have only some of the
+    model's classes, in any order. ImageNet's classes can have its synset ids as names (`n01440764`). If the names of
+    one side are only numbers, as many as the other side has classes, the numbers decide.
 
     Args:
         data_names, model_names: Names in the order of the classes.
 
+    Returns:
+        The number of the model's class for each name in `data_names`.
+
     Raises:
-        ValueError: The data has a class that the model does not have, as far as names tell.
+        ValueError: The model has no class of such a name.
     """
     in_order = list(range(len(model_names)))
     if list(data_names) == list(model_names):
@@ -36,7 +39,7 @@ def match_labels(data_names: Sequence[str], model_names: Sequence[str]) -> list[
             return in_order
         if placeholders(len(in_order)) in (list(data_names), list(model_names)):
             return in_order
-        # Not where some of the names are the model's own: then the others are missing.
+        # If some names are the model's own, the others are missing in the model.
         if sorted(data_names) == sorted(map(str, in_order)) and not any(place is not None for place in found):
             return [int(name) for name in data_names]
     imagenet = ImageNetInfo("imagenet-1k")
@@ -51,19 +54,19 @@ def match_labels(data_names: Sequence[str], model_names: Sequence[str]) -> list[
 
 
 def placeholders(number: int) -> list[str]:
-    """transformers' names for classes without any."""
+    """The names that transformers gives to classes without names."""
     return [f"LABEL_{index}" for index in range(number)]
 
 
 def _places(names: Sequence[str], among: Sequence[str]) -> list[int | None]:
-    """Where each name is among others, as it stands or else in another spelling; None if no one place can be told."""
+    """The place of each name among others, in the same or else another spelling; None without exactly one place."""
     exact, spelt = _unique(among), _unique(list(map(_spelling, among)))
     own = _unique(list(map(_spelling, names)))
     return [exact.get(name, spelt.get(_spelling(name)) if _spelling(name) in own else None) for name in names]
 
 
 def _unique(names: Sequence[str]) -> dict[str, int]:
-    """The place of every name that is there once."""
+    """The place of each name that occurs once."""
     counts = Counter(names)
     return {name: index for index, name in enumerate(names) if counts[name] == 1}
 
@@ -82,5 +85,5 @@ def _few(names: Sequence[str]) -> str:
 
 
 def class_names(model: PreTrainedModel) -> list[str]:
-    """The names of a model's classes in their order; `LABEL_<i>`, transformers' placeholder, where they have none."""
+    """The names of a model's classes in their order; a class without a name has transformers' `LABEL_<i>`."""
     return [model.config.id2label[index] for index in range(model.config.num_labels)]

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from dart_hf.data.folders import folder_contents
 from dart_hf.evaluation.classification import problem_type_of
 from dart_hf.evaluation.metrics import LABEL_THRESHOLD
 from dart_hf.modeling.image_processing_dart import read_image
@@ -117,7 +118,6 @@ def image_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
         FileNotFoundError: A path does not exist.
         ValueError: A folder has no images.
     """
-    suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
     files = []
     for path in map(Path, paths):
         if path.is_file():
@@ -125,7 +125,7 @@ def image_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
             continue
         if not path.is_dir():
             raise FileNotFoundError(f"There is no image file or folder {str(path)!r}.")
-        found = sorted(file for file in path.rglob("[!.]*") if file.is_file() and file.suffix.lower() in suffixes)
+        found = [path / image for image in folder_contents(path).images]
         if not found:
             raise ValueError(f"The folder {str(path)!r} has no images.")
         files += found

@@ -1,4 +1,4 @@
-"""Classes are matched by their names, as far as names tell."""
+"""The classes of data and model are matched by their names."""
 
 import pytest
 from timm.data import ImageNetInfo
@@ -6,7 +6,7 @@ from timm.data import ImageNetInfo
 from dart_hf.data.labels import match_labels
 
 IMAGENET = ImageNetInfo("imagenet-1k")
-# As a converted checkpoint has them: the two cranes are told apart.
+# The names in a converted checkpoint: the two classes "crane" have different ones.
 CONVERTED = [
     IMAGENET.index_to_description(index, detailed=name == "crane")
     for index, name in enumerate(IMAGENET.label_descriptions())
@@ -20,20 +20,20 @@ CONVERTED = [
         (["Golden_Retriever", "black-footed ferret"], ["black footed  Ferret", "golden retriever"], [1, 0]),
         (["A", "a"], ["a", "b", "A"], [2, 0]),
         (["10", "2"], [str(number) for number in range(11)], [10, 2]),
-        # One of the two has no names.
+        # One side has no names.
         (["cat", "dog"], ["LABEL_0", "LABEL_1"], [0, 1]),
         (["LABEL_0", "LABEL_1"], ["cat", "dog"], [0, 1]),
-        # The same list, with a name that is there twice.
+        # The same list, in which a name occurs twice.
         (["crane", "dog", "crane"], ["crane", "dog", "crane"], [0, 1, 2]),
         (["0", "1", "10", *"23456789"], list("abcdefghijk"), [0, 1, 10, *range(2, 10)]),
-        # ImageNet, with its two cranes.
+        # ImageNet in several spellings.
         (["n03126707", "n01440764"], CONVERTED, [517, 0]),
         (IMAGENET.label_names(), CONVERTED, list(range(1000))),
         (["tench, Tinca tinca"], CONVERTED, [0]),
         (IMAGENET.label_descriptions(), CONVERTED, list(range(1000))),
     ],
 )
-def test_matching(data_names, model_names, expected):
+def test_classes_are_matched_by_name(data_names, model_names, expected):
     assert match_labels(data_names, model_names) == expected
 
 
@@ -52,12 +52,12 @@ def test_matching(data_names, model_names, expected):
         ([f"class {number}" for number in range(97)] + ["x", "y", "z"], [f"class {number}" for number in range(100)]),
     ],
 )
-def test_no_match(data_names, model_names):
+def test_classes_that_the_model_lacks_are_an_error(data_names, model_names):
     with pytest.raises(ValueError, match=r"classes .* are none of"):
         match_labels(data_names, model_names)
 
 
-def test_the_message_names_both():
+def test_the_error_names_the_classes_of_both():
     with pytest.raises(ValueError) as caught:
         match_labels(["cat", "dog", "cow", "hen", "pig"], ["LABEL_0", "cat"])
     assert str(caught.value) == (

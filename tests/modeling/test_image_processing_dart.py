@@ -1,4 +1,4 @@
-"""The image processor: the published transform, every kind of image that people have, clear words about bad ones."""
+"""The image processor: the published transform, the same pixels for every kind of input, one sentence for a bad one."""
 
 import base64
 import http.server
@@ -81,32 +81,27 @@ def test_every_kind_of_input_gives_the_same_pixels(processor, coffee, tmp_path):
         assert torch.equal(pixels(processor, image), expected)
 
 
-def test_a_read_only_array_is_nothing_to_warn_of(processor, coffee):
+def test_a_read_only_array_gives_no_warning(processor, coffee):
     read_only = coffee.copy()
     read_only.flags.writeable = False
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             assert torch.equal(pixels(processor, read_only), pixels(processor, coffee))
     finally:
         torch.set_warn_always(always)
 
 
-def test_a_batch_does_not_change_its_images(processor, coffee):
+def test_an_image_does_not_depend_on_its_batch(processor, coffee):
     grey = coffee[:300, :300, 0]
     images = [coffee, Image.fromarray(grey), grey.astype(np.uint16) * 257 + 3, coffee.astype(np.float32)]
     for grouping in (None, False):
         batch = processor(images, return_tensors="pt", disable_grouping=grouping).pixel_values
         for alone, together in zip(images, batch, strict=True):
             torch.testing.assert_close(pixels(processor, alone), together, rtol=0, atol=1e-5)
-
-
-def test_the_channels_lie_side_by_side_in_memory(processor, coffee):
-    pixel_values = processor([coffee, coffee[:200]], return_tensors="pt").pixel_values
-    assert pixel_values.shape == (2, 3, 448, 448)
-    assert pixel_values.is_contiguous(memory_format=torch.channels_last)
+        assert batch.shape == (4, 3, 448, 448)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -129,24 +124,15 @@ def test_transparency_of_arrays_is_dropped(processor, image, settings):
     torch.testing.assert_close(levels(pixels(processor, image, **settings)), expected, rtol=0, atol=1e-3)
 
 
-def test_sixteen_bits_are_scaled_by_their_own_range(processor, coffee):
-    grey = coffee[..., 0]
-    sixteen = grey.astype(np.uint16) * 257
-    expected = pixels(processor, grey.astype(np.float32))
+def test_arrays_of_16_bits_are_scaled_by_their_own_range_or_the_given_factor(processor, coffee):
+    sixteen = coffee[..., 0].astype(np.uint16) * 257
+    expected = pixels(processor, coffee[..., 0].astype(np.float32))
     for image in [sixteen, sixteen.astype(">u2"), torch.from_numpy(sixteen)]:
         torch.testing.assert_close(pixels(processor, image), expected, rtol=0, atol=1e-5)
-
-
-def test_sixteen_bits_keep_their_precision(processor):
     dark, less_dark = (pixels(processor, np.full((32, 32), value, np.uint16)) for value in (1000, 1001))
     torch.testing.assert_close((less_dark - dark) * STD, torch.full((3, 448, 448), 1 / 65535), rtol=0.01, atol=0)
-
-
-def test_a_rescale_factor_of_ones_own_is_applied_as_it_is(processor):
-    image = np.full((32, 32), 4095, np.uint16)
-    torch.testing.assert_close(
-        levels(pixels(processor, image, rescale_factor=1 / 4095)), torch.full((3, 448, 448), 255.0)
-    )
+    white = levels(pixels(processor, np.full((32, 32), 4095, np.uint16), rescale_factor=1 / 4095))
+    torch.testing.assert_close(white, torch.full((3, 448, 448), 255.0))
 
 
 def test_floating_point_and_eight_bits_agree(processor, coffee):
@@ -167,9 +153,8 @@ def test_floating_point_does_not_overshoot(processor, white, settings):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (2, 500), (500, 2)])
-def test_tiny_and_thin_images_come_out_as_published(processor, coffee, size):
+def test_tiny_and_thin_images_are_prepared_as_published(processor, coffee, size):
     image = Image.fromarray(coffee).resize(size[::-1])
-    assert image.size == size[::-1]
     difference = (levels(pixels(processor, image)) - 255 * published(image)).abs()
     assert difference.max() < 2.01
 
@@ -188,17 +173,14 @@ def test_an_ambiguous_shape_has_three_channels(processor, shape, channels):
     torch.testing.assert_close(levels(pixels(processor, image)).mean(dim=(1, 2)), torch.tensor([10.0, 20.0, 30.0]))
 
 
-def test_input_data_format_overrules_the_guess(processor):
+def test_the_caller_can_tell_the_channels(processor):
     image = np.array([[[10, 20, 30]]], np.uint8)
     assert torch.unique(pixels(processor, image)).numel() == 3
     grey = levels(pixels(processor, image, input_data_format="channels_first"))
     torch.testing.assert_close(grey[0], grey[2], rtol=0, atol=1e-3)
-
-
-def test_channels_stay_without_conversion(processor):
-    image = np.zeros((20, 20, 4), np.uint8)
     settings = {"do_convert_rgb": False, "image_mean": [0.0] * 4, "image_std": [1.0] * 4}
-    assert pixels(processor, image, input_data_format="channels_last", **settings).shape == (4, 448, 448)
+    assert pixels(processor, np.zeros((20, 20, 4), np.uint8), **settings).shape == (4, 448, 448)
+    assert pixels(processor, Image.new("RGBA", (20, 20)), **settings).shape == (4, 448, 448)
 
 
 def with_pixel(value: float) -> np.ndarray:
@@ -212,15 +194,11 @@ def with_pixel(value: float) -> np.ndarray:
     [
         (with_pixel(np.nan), {}, "NaN or infinite"),
         (torch.from_numpy(with_pixel(np.inf)), {}, "NaN or infinite"),
-        (with_pixel(-np.inf), {"do_rescale": False, "do_normalize": False}, "NaN or infinite"),
         (np.zeros((0, 9, 3), np.uint8), {}, "no pixels"),
-        (torch.zeros(3, 9, 0), {}, "no pixels"),
         (Image.new("RGB", (0, 5)), {}, "no pixels"),
         (np.zeros((9, 9, 5), np.uint8), {}, r"1 \(grey\).*got an array of shape \(9, 9, 5\)"),
-        (np.zeros((9, 3, 9), np.uint8), {}, r"got an array of shape \(9, 3, 9\)"),
         (np.zeros((3, 9, 9), np.uint8), {"input_data_format": "channels_last"}, r"got an array of shape \(3, 9, 9\)"),
         (np.zeros(9, np.uint8), {}, r"2 or 3 dimensions.*got \(9,\)"),
-        (np.zeros((1, 1, 9, 9, 3), np.uint8), {}, "2 or 3 dimensions"),
         (np.zeros((9, 9), np.complex64), {}, "numbers, got dtype complex64"),
         (None, {}, "got NoneType"),
         ([[1, 2], [3, 4]], {}, "got int"),
