@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_region import RegionConfig
 from .region_partition import Regions
 from .region_scorer import DEAD_SCORER, RegionScorer
-from .region_tokenizer import RegionTokenizer
+from .region_tokenizer import PatchProjection, RegionTokenizer
 from .score_statistics import ScoreStatistics
 
 
@@ -42,7 +42,8 @@ class RegionPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["scorer"]
+    # For transformers' quantisers, which leave these modules as they are. The scorer itself keeps its precision.
+    _keep_in_fp32_modules = [".*scorer"]
     _can_compile_fullgraph = True
 
     def __init__(self, config: RegionConfig, *args: Any, **kwargs: Any) -> None:
@@ -54,16 +55,22 @@ class RegionPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
+        if any(module is part for part in self.scorer.trunk.modules()):
+            # Trunks stay as their own library initialises them.
+            return
         if isinstance(module, RegionScorer):
-            module.initialize_trunk()
-            init.zeros_(module.trunk_loaded)
+            # transformers' `init` functions change no loaded tensor, so the flag tells whether the scorer is new.
+            init.constant_(module.trunk_loaded, -1)
+            if not module.trunk_loaded.is_meta and module.trunk_loaded.item() == -1:
+                module.initialize_trunk()
+                module.trunk_loaded.zero_()
         elif isinstance(module, ScoreStatistics):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
         elif isinstance(module, RegionTokenizer):
             init.trunc_normal_(module.position_embeddings, std=std)
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+        elif isinstance(module, (nn.Linear, nn.Conv2d, PatchProjection)):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -75,13 +82,22 @@ class RegionPreTrainedModel(PreTrainedModel):
         cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> "RegionPreTrainedModel | tuple[RegionPreTrainedModel, dict[str, Any]]":
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # `_init_weights` is not called for a scorer whose own buffers were loaded.
-        trunk = "tokenizer.scorer.trunk."
+        trunk = model.scorer.trunk
         absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-        model.scorer.initialize_missing_weights({name.partition(trunk)[2] for name in absent if trunk in name})
+        incomplete = any("tokenizer.scorer.trunk." in name for name in absent)
+        if incomplete or dict(trunk.named_buffers()).keys() - trunk.state_dict().keys():
+            model.scorer.initialize_trunk()
+        if incomplete:
+            # The checkpoint may say that its trunk has weights, but a part of this one is new.
+            model.scorer.trunk_loaded.zero_()
         # Loading makes every parameter trainable again.
         model.scorer.set_frozen(model.config.scorer_frozen)
         return (model, info) if output_loading_info else model
+
+    def post_init(self) -> None:
+        super().post_init()
+        if self.base_model is self and self.config.partition != "uniform":
+            self.scorer.warn_if_dead()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # The saved code holds the bare model too: let `AutoModel` find it in a classifier's folder.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from timm.layers import DropPath
 from torch import nn
+from torch.nn.functional import conv2d
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -105,15 +106,23 @@ class DartRmtStem(nn.Module):
         return features
 
 
-class DartRmtDepthwiseConvolution(nn.Conv2d):
-    """A convolution of each channel by itself: (B, h, w, C) -> (B, h, w, C)."""
+class DartRmtDepthwiseConvolution(nn.Module):
+    """A convolution of each channel by itself: (B, h, w, C) -> (B, h, w, C).
+
+    This is no `nn.Conv2d`, because the channels come last.
+    """
 
     def __init__(self, num_channels: int, kernel_size: int) -> None:
-        super().__init__(num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=num_channels)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_channels, 1, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Both are views: this is how torch lays out a map (B, C, h, w) in its channels_last format.
-        return super().forward(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # Both permutations are views: torch stores a map (B, C, h, w) this way in its channels_last format.
+        features = hidden_states.permute(0, 3, 1, 2)
+        num_channels, _, _, kernel_size = self.weight.shape
+        convolved = conv2d(features, self.weight, self.bias, padding=kernel_size // 2, groups=num_channels)
+        return convolved.permute(0, 2, 3, 1)
 
 
 class DartRmtRetention(nn.Module):
@@ -293,7 +302,10 @@ class DartRmtPreTrainedModel(RegionPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, DartRmtLayer):
+        if isinstance(module, DartRmtDepthwiseConvolution):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, DartRmtLayer):
             for layer_scale in (module.layer_scale1, module.layer_scale2):
                 if layer_scale is not None:
                     init.constant_(layer_scale, self.config.layer_scale_init_value)

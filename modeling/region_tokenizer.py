@@ -78,7 +78,7 @@ class RegionTokenizer(RegionPartitioner):
 
     def __init__(self, config: RegionTokenizerConfig) -> None:
         super().__init__(config)
-        self.projection = PatchProjection(config.num_channels, config.hidden_size, kernel_size=config.patch_size)
+        self.projection = PatchProjection(config.num_channels, config.hidden_size, config.patch_size)
         # The first row belongs to the class token, the others to the cells of the score grid.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.score_grid_size**2, config.hidden_size))
 
@@ -121,10 +121,18 @@ def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
     return pixel_values.contiguous(memory_format=torch.channels_last) if pixel_values.dim() == 4 else pixel_values
 
 
-class PatchProjection(nn.Conv2d):
-    """A convolution kernel (D, C, P, P) that meets each patch exactly once: a dot product."""
+class PatchProjection(nn.Module):
+    """A linear map of flattened patches, stored as the kernel (D, C, P, P) of a ViT's patch convolution.
+
+    This is no `nn.Conv2d`, because its input is not an image: tools that replace convolutions must leave it alone.
+    """
+
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, num_channels, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
-        # The kernel's (C, rows, columns) in the order in which a patch is stored.
+        # A patch is stored column by column with its channels last, the kernel with its channels first.
         return linear(patches, self.weight.permute(0, 3, 2, 1).flatten(1), self.bias)

@@ -1,4 +1,4 @@
-"""Trunks of the scorer: pixel values -> a map of features. Others' networks, run as fast as their arithmetic allows."""
+"""Trunks of the scorer, by name: pixel values -> a map of features. Networks of torchvision and timm, and our own."""
 
 from collections import OrderedDict
 from typing import Any
@@ -7,15 +7,16 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.functional import conv2d
 
 from .configuration_region import RegionConfig
 
-# (width, kernel size, stride) of each convolution of the "conv" trunk. The first takes a coarse step: a layer at half
-# resolution would cost more than the whole rest.
+# (width, kernel size, stride) of each convolution of the "conv" trunk. The first stride is 4, because a layer at half
+# resolution would cost more than all others together.
 CONV_TRUNK = ((24, 7, 4), (48, 3, 2), (96, 3, 2))
 
-# torchvision name -> the part that is the trunk; then per head how many of its layers are read (None: all) and how many
-# channels the last of them has.
+# torchvision name -> the model's part that is the trunk; then, for each head, the number of its layers that are read
+# (None: all) and the number of channels of the last one.
 TORCHVISION_LAYERS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
     "mobilenet_v3_small": ("features", {"v1": (11, 96), "v2": (13, 576)}),
     "mobilenet_v3_large": ("features", {"v1": (15, 160), "v2": (17, 960)}),
@@ -24,23 +25,9 @@ TORCHVISION_LAYERS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
     "squeezenet1_1": ("features", {"v1": (None, 512), "v2": (None, 512)}),
 }
 
-# Numbers in a trunk's largest map for every pixel of the image; without an entry 16, as for 64 channels at half
-# resolution.
-LARGEST_MAP = {
-    "conv": 1.5,
-    "mobilenet_v3_small": 4.5,
-    "mobilenet_v3_large": 16,
-    "efficientnet_b0": 24,
-    "mnasnet1_0": 12,
-    "squeezenet1_1": 16,
-}
-# glibc keeps freed memory for the next allocation up to this size. Beyond it every map is made of new pages, and on a
-# CPU touching those costs more than computing the map.
-LARGEST_REUSED_ALLOCATION = 32 * 2**20
-
 
 def build_trunk(config: RegionConfig) -> tuple[nn.Module, int]:
-    """The trunk that `config.scorer` names and the number of channels of its map.
+    """The trunk that `config.scorer` names, and the number of channels of its map.
 
     Raises:
         ValueError: timm knows no such model, or cannot take features from it.
@@ -93,40 +80,28 @@ class TimmTrunk(nn.Module):
         return features.permute(0, 3, 1, 2) if self.channels_last else features
 
 
-@torch.no_grad()
-def run_frozen(trunk: nn.Module, name: str, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Apply a trunk that mixes no images: (B, C, H, W) -> (B, F, h, w).
-
-    On a CPU a few images at a time, so that freed memory is used again.
-    """
-    if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return trunk(pixel_values)
-    largest_map = LARGEST_MAP.get(name, 16) * pixel_values[0, 0].nbytes
-    images_at_once = max(1, int(LARGEST_REUSED_ALLOCATION // largest_map))
-    return torch.cat([trunk(images) for images in pixel_values.split(images_at_once)])
-
-
 class FoldingSequential(nn.Sequential):
-    """Runs a convolution and the BatchNorm in evaluation mode that follows it as one convolution.
+    """Runs a convolution and the BatchNorm in evaluation mode behind it as one convolution.
 
-    The folded weights are made at every call, which costs far less than the pass over the map that they save, so
-    whatever is loaded, moved, cast or trained in between takes effect, and the state dict shows nothing of it. timm's
-    models, which keep most of their layers elsewhere than in an `nn.Sequential`, stay mostly unfolded.
+    The folded weights are computed at every call. This costs far less than the pass over the map that it saves, and
+    whatever is loaded, moved, cast or trained in between takes effect. The state dict does not change. timm's models
+    hold few layers in an `nn.Sequential`, so most of theirs are not folded.
     """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         layers = list(self)
         while layers:
             layer = layers.pop(0)
-            if layers and _folds(layer, layers[0]):
-                features = layer._conv_forward(features, *folded_weights(layer, layers.pop(0)))
+            if layers and _can_fold(layer, layers[0]):
+                weight, bias = folded_weights(layer, layers.pop(0))
+                features = conv2d(features, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             else:
                 features = layer(features)
         return features
 
 
 def folding(trunk: nn.Module) -> nn.Module:
-    """`trunk` with its plain `nn.Sequential`s replaced by [`FoldingSequential`]s of the same layers."""
+    """`trunk` with a [`FoldingSequential`] of the same layers in place of each plain `nn.Sequential`."""
     for name, child in trunk.named_children():
         setattr(trunk, name, folding(child))
     if isinstance(trunk, nn.Sequential) and type(trunk).forward is nn.Sequential.forward:
@@ -134,11 +109,12 @@ def folding(trunk: nn.Module) -> nn.Module:
     return trunk
 
 
-def _folds(layer: nn.Module, following: nn.Module) -> bool:
-    # The types themselves: timm's subclasses of BatchNorm2d do more.
+def _can_fold(layer: nn.Module, following: nn.Module) -> bool:
+    # The exact types: subclasses of BatchNorm2d, such as timm's, do more.
     return (
         type(layer) is nn.Conv2d
         and type(following) is nn.BatchNorm2d
+        and layer.padding_mode == "zeros"
         and not following.training
         and following.track_running_stats
         and not (_is_hooked(layer) or _is_hooked(following))
@@ -146,18 +122,22 @@ def _folds(layer: nn.Module, following: nn.Module) -> bool:
 
 
 def _is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody relies on the layer's being called: a hook, or accelerate, which fetches offloaded weights."""
+    """Whether a call of the layer does more than the layer: hooks, or accelerate, which fetches offloaded weights."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return "forward" in layer.__dict__ or any(hooks)
+    return "forward" in vars(layer) or any(hooks)
 
 
 def folded_weights(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the convolution that does what `norm` in evaluation mode does after `convolution`."""
-    dtype = convolution.weight.dtype
-    precision = torch.promote_types(dtype, torch.float32)
-    scale = (norm.running_var.to(precision) + norm.eps).rsqrt()
+    """Weight and bias of the convolution that equals `convolution` followed by `norm` in evaluation mode.
+
+    As `torch.nn.utils.fusion.fuse_conv_bn_weights`, whose result is `nn.Parameter`s: these would cut the gradient, and
+    `torch.compile` cannot trace them.
+    """
+    scale = (norm.running_var + norm.eps).rsqrt()
     if norm.affine:
         scale = scale * norm.weight
     mean = norm.running_mean if convolution.bias is None else norm.running_mean - convolution.bias
-    bias = -mean * scale if norm.bias is None else torch.addcmul(norm.bias.to(precision), mean, scale, value=-1)
+    bias = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
+    # FSDP's mixed precision casts the weights but not the statistics.
+    dtype = convolution.weight.dtype
     return (convolution.weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)

@@ -180,24 +180,13 @@ def unfolded(model, pixel_values):
     return model
 
 
-def image_by_image(model, pixel_values):
-    """The scorer's trunk reads one image at a time."""
-
-    def run(images, **settings):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dart_hf.modeling.scorer_trunk.LARGEST_REUSED_ALLOCATION", 1)
-            return model(images, **settings)
-
-    return run
-
-
-VIT_PATHS = (as_it_is, compiled, exported, channels_last, unfolded, image_by_image)
+VIT_PATHS = (as_it_is, compiled, exported, channels_last, unfolded)
 PATHS = [
     *(("darvit-tiny-v2", path) for path in VIT_PATHS),
     *(("darvit-sm-ft392p", path) for path in VIT_PATHS),
-    *(("darvim-tiny", path) for path in (as_it_is, compiled_layers, exported, channels_last, image_by_image)),
+    *(("darvim-tiny", path) for path in (as_it_is, compiled_layers, exported, channels_last)),
     # 100 million parameters.
-    *(("darmt-L6", path) for path in (exported, channels_last, image_by_image)),
+    *(("darmt-L6", path) for path in (exported, channels_last)),
 ]
 
 

@@ -9,11 +9,21 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 
-from dart_hf.modeling.modeling_dart_vim import DartVimTimeSteps
+from dart_hf.modeling.modeling_dart_rmt import DartRmtDepthwiseConvolution
+from dart_hf.modeling.modeling_dart_vim import DartVimConvolution, DartVimTimeSteps
+from dart_hf.modeling.region_tokenizer import PatchProjection
 
 # timm's sign for what goes with the layer before it.
 WITH_PREVIOUS = (99999,)
-DECAYING_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, DartVimTimeSteps)
+DECAYING_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    PatchProjection,
+    DartRmtDepthwiseConvolution,
+    DartVimConvolution,
+    DartVimTimeSteps,
+)
 
 # timm's notation: parts of a model from its input to its output, by their parameters' names; what matches nothing (the
 # final norm and the heads) comes last. A name may have a wrapper's prefixes, e.g. `module.` or `_fsdp_wrapped_module.`.

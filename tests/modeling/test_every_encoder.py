@@ -20,7 +20,7 @@ from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 LABELS = tuple("abcde")
 SIDE = 32
 # A ViT's classifier computes its last layer for the class token alone.
-LAYERS = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, "dart_rmt": {}}
+LAYERS = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, "dart_rmt": {"drop_path_rate": 0.0}}
 # Deep enough that a part of the layers has a place of its own.
 DEEP = {"dart": {"num_hidden_layers": 8}, "dart_vim": {"num_hidden_layers": 8}, "dart_rmt": {"depths": [1, 8]}}
 

@@ -1,6 +1,5 @@
 """DART-Vim: the mixer by its definition, the class token's place, initialisation, precision."""
 
-import functools
 import math
 
 import pytest
@@ -11,13 +10,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, silu
 
 from dart_hf import DartVimConfig, DartVimForImageClassification, DartVimModel
-from dart_hf.modeling import modeling_dart_vim as module
 from dart_hf.modeling.modeling_dart_vim import (
     DartVimMixer,
     DartVimNorm,
     DartVimOutput,
     DartVimScan,
-    _project,
 )
 
 
@@ -394,150 +391,6 @@ def test_the_norm_sums_in_the_precision_of_the_residual_stream():
     normalised = norm(torch.tensor([[1e6, -1e6, 1e6, 0.0]]))
     assert normalised.dtype == torch.float16
     torch.testing.assert_close(normalised[0], torch.tensor([1.1547, -1.1547, 1.1547, 0.0]).half())
-
-
-# --- linear layers ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def convolutions(monkeypatch) -> list[torch.Size]:
-    """The shapes that linear layers hand to a convolution, as on an AMD processor with AVX-512 and two cores."""
-    shapes, convolve = [], module._convolve
-
-    def look(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **settings) -> torch.Tensor:
-        if not settings:
-            shapes.append(x.shape)
-        return convolve(x, weight, bias, **settings)
-
-    monkeypatch.setattr(module, "_convolve", look)
-    monkeypatch.setattr(module, "_mkl_is_slow", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    return shapes
-
-
-@pytest.mark.parametrize("bias", [False, True])
-# oneDNN convolves 16 images on any number of threads.
-@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 7, 6), (2, 5, 12), (16, 3, 6), (16, 3, 12)])
-def test_a_linear_layer_may_be_a_convolution(convolutions, shape, bias):
-    torch.manual_seed(0)
-    layer = nn.Linear(6, 4, bias=bias)
-    # A part of something wider, as the halves of the mixer's first projection are.
-    x = torch.randn(shape)[..., -6:].requires_grad_()
-    found, expected = _project(layer, x), layer(x)
-    assert convolutions == [x.shape]
-    torch.testing.assert_close(found, expected)
-    weights, leaves = torch.randn_like(found), [x, *layer.parameters()]
-    gradients = [
-        torch.autograd.grad((y.square() * weights).sum(), leaves, create_graph=True) for y in (found, expected)
-    ]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-    seconds = [torch.autograd.grad(first[0].square().sum(), leaves[:2]) for first in gradients]
-    for one, other in zip(*seconds, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-class OtherLinear(nn.Linear):
-    """Stands for an adapter's or a quantizer's layer."""
-
-
-class OtherWeight(torch.Tensor):
-    """Stands for a quantized or distributed one."""
-
-
-def hooked(layer: nn.Linear, kind: str) -> nn.Linear:
-    getattr(layer, f"register_{kind}_hook")(lambda *arguments: None)
-    return layer
-
-
-def with_weight(layer: nn.Linear, change) -> nn.Linear:
-    layer.weight = nn.Parameter(change(layer.weight.detach()))
-    return layer
-
-
-def wrapped(layer: nn.Linear) -> nn.Linear:
-    layer.forward = functools.partial(nn.Linear.forward, layer)
-    return layer
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: OtherLinear(6, 4),
-        lambda layer: with_weight(layer, lambda weight: weight.as_subclass(OtherWeight)),
-        lambda layer: with_weight(layer, torch.Tensor.to_sparse_csr),
-        nn.utils.parametrizations.weight_norm,
-        nn.utils.parametrizations.spectral_norm,
-        wrapped,
-        lambda layer: hooked(layer, "forward"),
-        lambda layer: hooked(layer, "forward_pre"),
-        lambda layer: hooked(layer, "full_backward"),
-        lambda layer: hooked(layer, "full_backward_pre"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Sparse")
-def test_a_layer_that_somebody_has_changed_is_called(convolutions, change):
-    torch.manual_seed(0)
-    layer, x = change(nn.Linear(6, 4)).eval(), torch.randn(2, 3, 6)
-    torch.testing.assert_close(_project(layer, x), layer(x))
-    assert not convolutions
-
-
-@pytest.mark.parametrize(
-    "why", ["double", "half", "autocast", "compiled", "traced", "one thread", "no tokens", "another processor"]
-)
-def test_it_is_a_product_where_a_convolution_would_not_do(monkeypatch, convolutions, why):
-    layer, x = nn.Linear(6, 4), torch.randn(2, 3, 6)
-    if why in ("double", "half"):
-        dtype = {"double": torch.float64, "half": torch.bfloat16}[why]
-        layer, x = layer.to(dtype), x.to(dtype)
-    elif why == "compiled":
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    elif why == "traced":
-        monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
-    elif why == "one thread":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    elif why == "no tokens":
-        x = x[:, :0]
-    elif why == "another processor":
-        monkeypatch.setattr(module, "_mkl_is_slow", lambda: False)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
-        assert torch.equal(_project(layer, x), layer(x))
-    assert not convolutions
-
-
-@pytest.mark.parametrize(
-    ("processor", "slow"),
-    [
-        ({"cpu_name": "AMD EPYC 9R14", "avx512_f": True}, True),
-        ({"cpu_name": "AMD EPYC 7R13", "avx512_f": False}, False),
-        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8488C", "avx512_f": True}, False),
-        ({"cpu_name": "Neoverse-V2"}, False),
-        ({"avx512_f": True}, False),
-        (None, False),
-    ],
-)
-@pytest.mark.parametrize("missing", [None, "mkl", "mkldnn"])
-def test_mkl_is_slow_on_amd_with_avx512(monkeypatch, processor, slow, missing):
-    if processor is None:
-        # Older releases of PyTorch.
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: missing != "mkl")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: missing != "mkldnn")
-    assert module._mkl_is_slow.__wrapped__() == (slow and missing is None)
-
-
-def test_convolutions_give_the_same_model(convolutions, monkeypatch):
-    model, images = make_model(), pixels(16)
-    with torch.no_grad():
-        convolved = model(images).logits
-        # Two projections of every mixer, and one in either direction.
-        assert len(convolutions) == 4 * 3
-        monkeypatch.setattr(module, "_mkl_is_slow", lambda: False)
-        torch.testing.assert_close(convolved, model(images).logits, rtol=1e-4, atol=1e-4)
-    assert len(convolutions) == 4 * 3
 
 
 def test_what_is_called_linear_is_linear():

@@ -6,10 +6,9 @@ import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dart_hf.modeling import scorer_trunk
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.configuration_region import TORCHVISION_TRUNKS
-from dart_hf.modeling.scorer_trunk import LARGEST_MAP, FoldingSequential, build_trunk, folded_weights, run_frozen
+from dart_hf.modeling.scorer_trunk import FoldingSequential, build_trunk, folded_weights
 
 TRUNKS = (*TORCHVISION_TRUNKS, "conv")
 HEADS = {scorer: ("v1", "v2") if scorer.startswith("mobilenet") else ("v1",) for scorer in TRUNKS}
@@ -185,25 +184,3 @@ def test_batch_norm_without_statistics_runs_as_it_is():
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     sequence = FoldingSequential(nn.Conv2d(3, 4, 3), norm).double().eval()
     torch.testing.assert_close(sequence(pixels()), norm(sequence[0](pixels())))
-
-
-@pytest.mark.parametrize("images_at_once", [1, 2, 3, 7])
-def test_a_few_images_at_a_time_give_the_same_map(monkeypatch, images_at_once):
-    trunk, images, sizes = make_trunk("conv"), pixels(5), []
-    expected = trunk(images)
-    trunk.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    largest_map = LARGEST_MAP["conv"] * images[0, 0].nbytes
-    monkeypatch.setattr(scorer_trunk, "LARGEST_REUSED_ALLOCATION", int(largest_map * (images_at_once + 0.5)))
-    torch.testing.assert_close(run_frozen(trunk, "conv", images), expected)
-    assert max(sizes) == min(images_at_once, 5) and sum(sizes) == 5
-
-
-@pytest.mark.parametrize("scorer", TRUNKS)
-def test_largest_map_of_each_trunk(scorer):
-    trunk, sizes = make_trunk(scorer), []
-    for module in trunk.modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda module, inputs, output: sizes.append(output[0].numel()))
-    images = pixels(1, 256, 256)
-    trunk(images)
-    assert max(sizes) / images[0, 0].numel() == pytest.approx(LARGEST_MAP[scorer], rel=0.02)
