@@ -2,12 +2,10 @@
 
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_region import RegionTokenizerConfig
+from .configuration_region import RegionTokenizerConfig, checked
 
 
-@strict
+@checked
 class DartConfig(RegionTokenizerConfig):
     """Configuration of DART with a ViT (DeiT) encoder. The defaults are the published DART-DeiT-Ti.
 
@@ -49,6 +47,8 @@ class DartConfig(RegionTokenizerConfig):
         },
     }
 
+    at_least_1: ClassVar[set[str]] = RegionTokenizerConfig.at_least_1 | {"num_hidden_layers", "intermediate_size"}
+
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
     intermediate_size: int = 768
@@ -63,7 +63,6 @@ class DartConfig(RegionTokenizerConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self._check_at_least_1("num_hidden_layers", "intermediate_size")
         self._check_activation()
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -2,34 +2,33 @@
 
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_region import RegionConfig
+from .configuration_region import RegionConfig, checked
 
 
-@strict
+@checked
 class DartRmtConfig(RegionConfig):
     """Configuration of DART with a hierarchical encoder (RMT, arXiv 2309.11523). The defaults are RMT-S.
 
     Presets are `"small"` (RMT-S) and `"L6"`, the encoder of the published DART-RMT. The encoder reads an image of
-    16·R × 16·C pixels that is rebuilt from the regions. So `num_patches` is R·C, and `partition` is `"grid"` or
-    `"uniform"`. The other settings of the regions are those of [`RegionConfig`].
+    16·R × 16·C pixels that is rebuilt from the regions, so `num_patches` is R·C, and `partition` is `"grid"` or
+    `"uniform"`. The other settings of the regions are those of [`RegionConfig`]. Most of the encoder's have one entry
+    for each stage:
 
     Args:
-        hidden_sizes: Channels of each stage.
-        depths: Number of blocks of each stage.
-        num_attention_heads: Number of heads of each stage.
-        mlp_ratios: Width of the MLPs of each stage, as a multiple of its channels.
-        decay_starts, decay_ranges: Decay of each stage. Head h of n adds log(1 - 2^(-start - range·h/n)) to the
-            attention logits for every step of distance.
-        chunkwise: For each stage: attend along the rows and then along the columns, instead of over all positions.
-        layer_scale: For each stage: scale the output of each residual branch (layer scale).
-        layer_scale_init_value: Initial value of the layer scale.
-        projection_size: Channels of the last map. The classifier reads the mean of this map.
+        hidden_sizes: Channels.
+        depths: Number of blocks.
+        num_attention_heads: Number of attention heads.
+        mlp_ratios: Width of a block's MLP, as a multiple of its channels.
+        decay_starts, decay_ranges: For each step of distance, head h of n adds log(1 - 2^(-start - range·h/n)) to its
+            attention logits.
+        chunkwise: Whether the blocks attend along the rows and then along the columns, instead of over all positions.
+        layer_scale: Whether the blocks scale their output before they add it to their input.
+        layer_scale_init_value: Initial value of that scale.
+        projection_size: Channels of the last map. The classifier reads its mean.
         layer_norm_eps: Epsilon of the LayerNorms.
-        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 in the first block.
-        first_strip_edge: Start of the strip of a `"grid"` partition, in pixels. The published weights were trained with
-            2, which leaves out the first two columns of the topmost band.
+        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 at the first block.
+        first_strip_edge: Where the strip of a `"grid"` partition starts, in pixels. The published weights were trained
+            with 2, which leaves out the first two columns of the topmost band.
     """
 
     model_type = "dart_rmt"
@@ -44,6 +43,8 @@ class DartRmtConfig(RegionConfig):
             "drop_path_rate": 0.5,
         },
     }
+
+    at_least_1: ClassVar[set[str]] = RegionConfig.at_least_1 | {"projection_size"}
 
     partition: Literal["grid", "uniform"] = "grid"
     scorer: str = "efficientnet_b0"
@@ -65,8 +66,7 @@ class DartRmtConfig(RegionConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._check_activation()
-        self._check_at_least_1("projection_size")
-        # As they come back from JSON, so that a saved configuration equals the one before.
+        # Lists, as JSON has them: a saved and loaded configuration equals the original.
         for name in RMT_STAGE_SETTINGS:
             setattr(self, name, list(getattr(self, name)))
         given = {name: len(getattr(self, name)) for name in RMT_STAGE_SETTINGS}
@@ -77,7 +77,7 @@ class DartRmtConfig(RegionConfig):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1 in every stage, got {getattr(self, name)}.")
         for width, heads in zip(self.hidden_sizes, self.num_attention_heads, strict=True):
-            # The rotation of queries and keys turns pairs of channels.
+            # Queries and keys are rotated in pairs of channels.
             if width % (2 * heads):
                 raise ValueError(
                     f"hidden_sizes must be multiples of twice num_attention_heads, got {width} and {heads}."

@@ -3,33 +3,39 @@
 import math
 from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_region import RegionTokenizerConfig
+from .configuration_region import RegionTokenizerConfig, checked
 
 
-@strict
+@checked
 class DartVimConfig(RegionTokenizerConfig):
     """Configuration of DART with a Vision Mamba encoder (Vim, arXiv 2401.09417). The defaults are DART-Vim-Ti.
 
-    Presets are `"tiny"` (DART-Vim-Ti) and `"small"` (DART-Vim-S). The settings of the tokenizer are those of
-    [`RegionTokenizerConfig`]. The settings of the encoder have the names of [`MambaConfig`]:
+    Presets are `"tiny"` (DART-Vim-Ti) and `"small"` (DART-Vim-S). The tokenizer's settings are those of
+    [`RegionTokenizerConfig`]. The encoder's have the names of transformers' Mamba:
 
     Args:
         num_hidden_layers: Number of blocks.
-        expand: Channels of a mixer, as a multiple of `hidden_size`.
-        state_size: Size of the state of each channel.
-        conv_kernel: Number of tokens that the convolution before a scan sees: the current one and those before it.
-        time_step_rank: Width of the bottleneck before the time step. `None` is replaced by ⌈hidden_size / 16⌉.
-        time_step_min, time_step_max: Range of the initial time steps.
+        expand: Channels of a mixer, as a multiple of the token width.
+        state_size: Size of the state that a scan keeps for each channel.
+        conv_kernel: Number of tokens that the convolution before a scan reads: the current one and those before it.
+        time_step_rank: Width of the bottleneck that computes the time steps. `None` sets it to ⌈hidden_size / 16⌉.
+        time_step_min, time_step_max: Range of the time steps of a new model.
         layer_norm_eps: Epsilon of the RMSNorms.
-        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 in the first block.
+        drop_path_rate: Stochastic depth of the last block. It grows linearly from 0 at the first block.
     """
 
     model_type = "dart_vim"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {},
         "small": {"hidden_size": 384, "scorer": "mobilenet_v3_large"},
+    }
+
+    at_least_1: ClassVar[set[str]] = RegionTokenizerConfig.at_least_1 | {
+        "num_hidden_layers",
+        "expand",
+        "state_size",
+        "conv_kernel",
+        "time_step_rank",
     }
 
     scorer_head: Literal["v1", "v2"] = "v2"
@@ -47,7 +53,6 @@ class DartVimConfig(RegionTokenizerConfig):
         super().__post_init__(**kwargs)
         if self.time_step_rank is None:
             self.time_step_rank = math.ceil(self.hidden_size / 16)
-        self._check_at_least_1("num_hidden_layers", "expand", "state_size", "conv_kernel", "time_step_rank")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"time_step_min must be above 0 and at most time_step_max, got {self.time_step_min} and "

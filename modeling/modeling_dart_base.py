@@ -186,8 +186,7 @@ class ImageClassifierMixin:
             pixel_values,
             num_patches=num_patches,
             output_regions=output_regions,
-            **self.base_model_arguments(kwargs),
-            **kwargs,
+            **{**self.base_model_arguments(kwargs), **kwargs},
         )
         classified = self.classify(outputs)
         if labels is not None:
@@ -198,7 +197,7 @@ class ImageClassifierMixin:
         return classified
 
     def base_model_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What else the base model is to be told in a call with these other arguments."""
+        """More arguments for the base model, in a call with these. Arguments that the caller gives come first."""
         return {}
 
     def classify(self, outputs: DartModelOutput) -> DartImageClassifierOutput:

@@ -8,12 +8,25 @@ The rules are those of DART (arXiv 2506.10390) as its published checkpoints were
 import math
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from transformers.utils import ModelOutput
 
 QUANTILE_EPSILON = 1e-8
+
+
+class RegionBoxes(NamedTuple):
+    """The regions of a batch of images as rectangles. M = N + R - 1, for N regions in R bands.
+
+    Args:
+        boxes: (B, M, 4), each x0, y0, x1, y1 in pixels.
+        tokens: (B, M), the index of the region, and of its token, that each rectangle belongs to.
+    """
+
+    boxes: torch.Tensor
+    tokens: torch.Tensor
 
 
 @dataclass
@@ -31,15 +44,11 @@ class Regions(ModelOutput):
     row_edges: torch.FloatTensor | None = None
     strip_edges: torch.FloatTensor | None = None
 
-    def boxes(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def boxes(self) -> RegionBoxes:
         """The regions as rectangles of the image.
 
-        A region that runs past the right border of its band goes on at the left of the next, so it has several
-        rectangles. There are always M = N + R - 1; those between a region edge and a band border that coincide have
-        no area.
-
-        Returns:
-            `(boxes, tokens)`: boxes (B, M, 4) as x0, y0, x1, y1 in pixels, and tokens (B, M), the region of each.
+        A region that crosses the right border of its band continues at the left of the next one, so it has several
+        rectangles. A rectangle has no area where a region edge and a band border coincide.
         """
         batch_size, num_bands = self.row_edges.shape[0], self.row_edges.shape[1] - 1
         num_patches = self.strip_edges.shape[1] - 1
@@ -59,7 +68,7 @@ class Regions(ModelOutput):
             ],
             dim=-1,
         )
-        return boxes.view(batch_size, -1, 4), tokens.clamp(max=num_patches - 1)
+        return RegionBoxes(boxes.view(batch_size, -1, 4), tokens.clamp(max=num_patches - 1))
 
 
 def bands_for_budget(num_patches: int, height: int, width: int) -> int:

@@ -3,7 +3,6 @@
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from dart_hf import DartConfig, DartRmtConfig, DartVimConfig
@@ -189,20 +188,85 @@ def test_no_stages_at_all_are_refused():
 
 
 WRONG_TYPES = [
-    *((each, name, value) for each in CLASSES for name, value in (("partition", "hexagons"), ("num_patches", "9"))),
-    (DartConfig, "score_normalization", "layer"),
-    (DartVimConfig, "state_size", "16"),
-    (DartVimConfig, "scorer_head", "v3"),
-    (DartRmtConfig, "partition", "flow"),
-    (DartRmtConfig, "depths", "3"),
+    *(
+        (each, name, value, accepted)
+        for each in CLASSES
+        for name, value, accepted in (
+            ("partition", "hexagons", "'grid' or 'uniform'"),
+            ("num_patches", "9", "int"),
+            ("num_patches", True, "int"),
+            ("scorer_frozen", "yes", "bool or None"),
+        )
+    ),
+    (DartConfig, "score_normalization", "layer", "'running' or 'image' or 'batch'"),
+    (DartVimConfig, "state_size", "16", "int"),
+    (DartVimConfig, "scorer_head", "v3", "'v1' or 'v2'"),
+    (DartRmtConfig, "partition", "flow", "'grid' or 'uniform'"),
+    (DartRmtConfig, "depths", "3", r"list\[int\] or tuple\[int, ...\]"),
 ]
 
 
-@pytest.mark.parametrize(("config_class", "name", "value"), WRONG_TYPES)
-def test_settings_of_the_wrong_type_are_refused_later_too(config_class, name, value):
-    """By transformers' own checks, which name the field, what it takes and what it got."""
-    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{value}"):
-        config_class(**{name: value})
+@pytest.mark.parametrize(("config_class", "name", "value", "accepted"), WRONG_TYPES)
+def test_settings_of_the_wrong_type_are_refused(config_class, name, value, accepted, tmp_path):
+    message = f"{name} must be .*{accepted}, got {value!r}.$"
     config = config_class()
-    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{value}"):
-        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    for give in (
+        lambda: config_class(**{name: value}),
+        lambda: config_class.preset("small", **{name: value}),
+        lambda: AutoConfig.from_pretrained(tmp_path, **{name: value}),
+        lambda: setattr(config, name, value),
+    ):
+        with pytest.raises(ValueError, match=message):
+            give()
+
+
+@every_class
+def test_settings_given_while_loading_or_set_later_are_checked(config_class, tmp_path):
+    config = config_class()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_patches must be at least 1, got 0"):
+        config.num_patches = 0
+    with pytest.raises(ValueError, match="num_patches must be at least 1, got 0"):
+        AutoConfig.from_pretrained(tmp_path, num_patches=0)
+    # A rule for two settings together.
+    with pytest.raises(ValueError, match="reads 3 channels, got num_channels=4"):
+        AutoConfig.from_pretrained(tmp_path, num_channels=4)
+    loaded, unused = AutoConfig.from_pretrained(tmp_path, num_patches=16, other=1, return_unused_kwargs=True)
+    assert loaded.num_patches == 16 and unused == {"other": 1}
+
+
+@every_class
+def test_transformers_own_checks_are_value_errors(config_class):
+    with pytest.raises(ValueError, match="`output_attentions` attribute is not supported"):
+        config_class(output_attentions=True, attn_implementation="sdpa")
+
+
+# --- misspelled settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("misspelled", "meant"),
+    [("num_patchs", "num_patches"), ("scorer_grid_size", "score_grid_size"), ("drop_path_rates", "drop_path_rate")],
+)
+@every_class
+def test_a_misspelled_setting_is_named_in_a_warning(config_class, misspelled, meant, warnings_of, tmp_path):
+    config_class().save_pretrained(tmp_path)
+    for make in (
+        lambda: config_class(**{misspelled: 3}),
+        lambda: config_class.preset("small", **{misspelled: 3}),
+        lambda: AutoConfig.from_pretrained(tmp_path, **{misspelled: 3}),
+    ):
+        before = len(warnings_of())
+        make()
+        expected = f"{config_class.__name__} has no setting {misspelled!r}: it has no effect. Did you mean {meant!r}?"
+        assert expected in warnings_of()[before:]
+
+
+@every_class
+def test_other_unknown_settings_are_kept_without_a_warning(config_class, warnings_of, tmp_path):
+    settings = {"num_labels": 3, "torch_dtype": "float32", "return_dict": True, "architectures": ["A"], "note": "mine"}
+    config = config_class(**settings, attn_implementation="eager", output_hidden_states=True)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).note == "mine"
+    assert not [text for text in warnings_of() if "Did you mean" in text]

@@ -79,6 +79,36 @@ def test_a_configuration_of_another_encoder_is_refused(model_type, other):
             model_class(config)
 
 
+def test_a_new_model_with_a_dead_scorer_says_so_when_it_is_made(model_type, warnings_of, tmp_path):
+    config = AutoConfig.for_model(model_type, **ENCODERS[model_type], scorer="mobilenet_v3_small")
+    model = AutoModelForImageClassification.from_config(config)
+    assert sum("The scorer is dead: its trunk 'mobilenet_v3_small'" in text for text in warnings_of()) == 1
+    type(model)(config)
+    type(model.base_model)(config)
+    assert sum("The scorer is dead" in text for text in warnings_of()) == 3
+    model.scorer.trunk_loaded.fill_(1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert not loaded.scorer.is_dead
+    for settings in ({"scorer": "conv"}, {"scorer_frozen": False}, {"partition": "uniform"}):
+        AutoModelForImageClassification.from_config(
+            AutoConfig.for_model(model_type, **{**ENCODERS[model_type], "scorer": "mobilenet_v3_small", **settings})
+        )
+    with torch.device("meta"):
+        type(model)(config)
+    assert sum("The scorer is dead" in text for text in warnings_of()) == 3
+
+
+def test_a_classifier_takes_class_token_only(model):
+    """The argument of `DartModel`: the logits are those that the classifier gives anyway."""
+    with torch.no_grad():
+        expected = model(pixels()).logits
+        for given in (True, False):
+            found = model(**{**BATCH, "pixel_values": pixels(4)}, class_token_only=given)
+            torch.testing.assert_close(found.logits[:3], expected, rtol=1e-4, atol=1e-4)
+            assert found.loss.isfinite()
+
+
 # --- an image's prediction does not depend on its neighbours ---------------------------------------------------------
 
 

@@ -267,6 +267,8 @@ def test_boxes_of_a_wrapping_region():
         row_edges=torch.tensor([[0.0, 30, 40]]),
         strip_edges=torch.tensor([[0.0, 60, 150, 200]]),
     )
-    boxes, tokens = regions.boxes()
+    found = regions.boxes()
+    boxes, tokens = found
+    assert found.boxes is boxes and found.tokens is tokens
     assert boxes[0].tolist() == [[0, 0, 60, 30], [60, 0, 100, 30], [0, 30, 50, 40], [50, 30, 100, 40]]
     assert tokens[0].tolist() == [0, 1, 1, 2]

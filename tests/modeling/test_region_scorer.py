@@ -1,6 +1,5 @@
 """Scorer: trunks, heads, standardisation, freezing."""
 
-import logging
 import math
 import socket
 from urllib.error import URLError
@@ -22,18 +21,6 @@ from dart_hf.modeling.scorer_trunk import build_trunk
 def make_scorer(**settings) -> RegionScorer:
     torch.manual_seed(0)
     return RegionScorer(DartConfig(**{"scorer": "conv", **settings}))
-
-
-@pytest.fixture
-def warnings_of(caplog):
-    """What the library's loggers said while `caplog` was listening."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.enable_propagation()
-    logger = logging.getLogger("dart_hf")
-    logger.setLevel(logging.WARNING)
-    yield lambda: [record.getMessage() for record in caplog.records if record.name.startswith("dart_hf")]
-    transformers_logging.disable_propagation()
 
 
 @pytest.mark.parametrize("head", ["v1", "v2"])
