@@ -15,7 +15,6 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -36,7 +35,7 @@ from dart_hf.data.batches import without_worker_traceback
 from dart_hf.data.image_data import ImageData, load_image_data
 from dart_hf.data.labels import class_names, match_labels
 from dart_hf.files import absolute_source, atomic_write, move_model_files
-from dart_hf.hub.loading import load_config, load_dart_config
+from dart_hf.hub.loading import load_config, load_dart_config, without_warnings
 from dart_hf.modeling.configuration_region import RegionConfig
 from dart_hf.presets import PRESETS, preset_config
 from dart_hf.training.checkpoints import (
@@ -462,7 +461,10 @@ def start_model(
         _check_known(changes, PRESETS[arguments.preset][0])
         with _settings_checked():
             config = preset_config(arguments.preset, **changes, **_labels(data))
-        model, image_processor = AutoModelForImageClassification.from_config(config), DartImageProcessor()
+        # The scorer's weights come after this, or are refused if there are none.
+        with without_warnings():
+            model = AutoModelForImageClassification.from_config(config)
+        image_processor = DartImageProcessor()
         _set_crop(image_processor, config.image_size, arguments.crop_pct)
     elif _is_plain_vit(arguments.model):
         _check_known(changes, DartConfig)
@@ -507,8 +509,8 @@ def _settings_checked() -> Iterator[None]:
     """A setting of the wrong kind as a ValueError in one sentence."""
     try:
         yield
-    except StrictDataclassError as error:
-        raise ValueError(f"model_settings: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"model_settings: {error}") from error
 
 
 def _is_plain_vit(source: str) -> bool:
@@ -542,7 +544,8 @@ def adapted(
     order = None if new_head else _order_of_classes(model, data, name)
     with _settings_checked():
         config = type(model.config).from_dict({**model.config.to_dict(), **changes, **_labels(data)})
-    result = type(model)(config)
+    with without_warnings():
+        result = type(model)(config)
     initial, state = result.state_dict(), model.state_dict()
     for key in initial:
         if key.startswith(HEADS):
