@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from dart_hf.environment import require_packages
+from dart_hf.files import atomic_write
 from dart_hf.modeling.region_partition import Regions
 
 if TYPE_CHECKING:
@@ -145,12 +146,8 @@ def save_figure(figure: "Figure", path: str | os.PathLike) -> Path:
     path = checked_picture_path(path)
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())
     return path
 
 

@@ -19,29 +19,17 @@ def test_accuracy_is_a_metric_of_evaluate():
     metric = Accuracy()
     assert isinstance(metric, evaluate.Metric)
     assert metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
-
-
-def test_accuracy_adds_batches_up():
-    metric = Accuracy()
-    metric.add_batch(predictions=[0, 1], references=[0, 1])
-    metric.add_batch(predictions=[2], references=[1])
+    for answers, classes in (([0, 1], [0, 1]), ([2], [1])):
+        metric.add_batch(predictions=answers, references=classes)
     assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="Mismatch"):
+        Accuracy().compute(predictions=[0], references=[0, 1])
 
 
 def test_accuracy_writes_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
     Accuracy().compute(predictions=[0], references=[0])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_accuracy_needs_as_many_predictions_as_references():
-    with pytest.raises(ValueError, match="Mismatch"):
-        Accuracy().compute(predictions=[0], references=[0, 1])
-
-
-def test_accuracy_of_logits():
-    logits = np.array([[0.1, 0.9], [2.0, -1.0], [0.0, 1.0]])
-    assert classification_accuracy(EvalPrediction(logits, np.array([1, 0, 0])))["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_top_k_is_a_metric_of_evaluate():
@@ -86,19 +74,15 @@ def test_nan_is_never_right():
     assert found == {"accuracy": pytest.approx(1 / 3)}
 
 
-def test_top5_needs_more_than_five_classes():
+def test_classification_accuracy_has_top5_and_ignores_unreadable_images():
     logits = np.tile(np.arange(6.0), (4, 1))
     found = classification_accuracy(EvalPrediction(logits, np.array([5, 1, 0, 1])))
     assert found == {"accuracy": 0.25, "top5_accuracy": 0.75}
     assert set(classification_accuracy(EvalPrediction(logits[:, :5], np.array([4, 1, 0, 1])))) == {"accuracy"}
-
-
-def test_unreadable_images_do_not_count():
-    logits = np.tile(np.arange(6.0), (3, 1))
-    found = classification_accuracy(EvalPrediction(logits, np.array([5, -100, 0])))
-    assert found == {"accuracy": 0.5, "top5_accuracy": 0.5}
-    with pytest.raises(ValueError, match="none of the 3 images could be read"):
-        classification_accuracy(EvalPrediction(logits, np.full(3, -100)))
+    # Images labelled -100 could not be read.
+    assert classification_accuracy(EvalPrediction(logits, np.array([5, -100, 0, -100])))["accuracy"] == 0.5
+    with pytest.raises(ValueError, match="none of the 4 images could be read"):
+        classification_accuracy(EvalPrediction(logits, np.full(4, -100)))
 
 
 def test_metrics_follow_from_the_problem_type():

@@ -6,26 +6,19 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_classifier
 from PIL import Image
-from skimage import data as photographs
 
-from dart_hf import DartImageProcessor
 from dart_hf.evaluation import Estimate, image_files, predict
 
 LABELS = ["cup", "cat", "rocket"]
 
 
 @pytest.fixture(scope="module")
-def processor() -> DartImageProcessor:
-    return DartImageProcessor(size=32, crop_size=32)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> list[Path]:
+def files(images, tmp_path_factory) -> list[Path]:
     """Three images; the one in the middle is damaged."""
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / name for name in ("a.png", "b.png", "c.jpg")]
-    for path, name in zip(paths, ("coffee", "chelsea", "rocket"), strict=True):
-        Image.fromarray(getattr(photographs, name)()[:64, :64]).save(path)
+    for path, image in zip(paths, images, strict=False):
+        image.save(path)
     paths[1].write_bytes(paths[1].read_bytes()[:100])
     return paths
 

@@ -11,7 +11,6 @@ import pytest
 import skimage
 import torch
 from helpers.tiny_models import tiny_classifier
-from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -132,7 +131,7 @@ def test_export_is_a_folder_with_program_labels_and_preprocessing(exported, mode
     processor = AutoImageProcessor.from_pretrained(folder)
     assert processor.to_dict() == AutoImageProcessor.from_pretrained(model_folder).to_dict()
     assert [AutoConfig.from_pretrained(folder).id2label[index] for index in range(4)] == LABELS
-    photograph = processor(Image.fromarray(skimage.data.coffee()), return_tensors="pt").pixel_values
+    photograph = processor(skimage.data.coffee(), return_tensors="pt").pixel_values
     expected = model_logits(model_folder, photograph)
     torch.testing.assert_close(program(exported.path)(photograph), expected, atol=TOLERANCE, rtol=0)
 
