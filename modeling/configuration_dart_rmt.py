@@ -21,8 +21,8 @@ class DartRmtConfig(RegionConfig):
         mlp_ratios: Width of a block's MLP, as a multiple of its channels.
         decay_starts, decay_ranges: For each step of distance, head h of n adds log(1 - 2^(-start - range·h/n)) to its
             attention logits.
-        chunkwise: Whether the blocks attend along the rows and then along the columns, instead of over all positions.
-        layer_scale: Whether the blocks scale their output before they add it to their input.
+        chunkwise: Attend along the rows and then along the columns, instead of over all positions.
+        layer_scale: Scale the output of each residual branch.
         layer_scale_init_value: Initial value of that scale.
         projection_size: Channels of the last map. The classifier reads its mean.
         layer_norm_eps: Epsilon of the LayerNorms.

@@ -78,8 +78,8 @@ class RegionConfig(PreTrainedConfig):
             `"conv"` (a few strided convolutions, trained from scratch).
         scorer_head: `"v1"` scores each cell by a small MLP, `"v2"` sums gated channels. The names are those of the
             published checkpoints.
-        scorer_frozen: Whether the trunk stays in evaluation mode and without gradient. `None` freezes every trunk
-            except `"conv"`.
+        scorer_frozen: Keep the trunk in evaluation mode and without gradient. `None` freezes every trunk except
+            `"conv"`.
         score_normalization: How the scores are standardised. `"running"`: by batch statistics in training, and by
             running statistics in evaluation. `"image"`: each image by itself. `"batch"`: by batch statistics, in
             evaluation too (the published rule: an image's tokens depend on the other images of its batch).

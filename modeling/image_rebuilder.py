@@ -1,4 +1,4 @@
-"""Rebuilder: pixel values -> an image put together again from the regions of a grid."""
+"""Rebuilder: pixel values -> an image that is rebuilt from the regions of a grid."""
 
 import torch
 
@@ -8,14 +8,14 @@ from .region_tokenizer import RegionPartitioner, channels_last
 
 
 class ImageRebuilder(RegionPartitioner):
-    """Puts the regions of a grid together again, to an image whose content is spread about evenly."""
+    """Rebuilds an image from the regions of a grid. Busy parts of the image become larger."""
 
     def forward(self, pixel_values: torch.Tensor, num_patches: int | None = None) -> tuple[torch.Tensor, Regions]:
         """Rebuild a batch of images.
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised.
-            num_patches: Number R·C of the regions; `config.num_patches` without it.
+            num_patches: Number R·C of regions. The default is `config.num_patches`.
 
         Returns:
             Images (B, C, P·R, P·C); and the regions.
@@ -28,7 +28,7 @@ class ImageRebuilder(RegionPartitioner):
         return self.rebuild(pixel_values, regions), regions
 
     def rebuild(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
-        """The regions of (B, C, H, W) side by side as they lie in the image: (B, C, P·R, P·C)."""
+        """Put the regions of images (B, C, H, W) side by side, each P×P pixels: (B, C, P·R, P·C)."""
         patches = patch_images(sample_regions(pixel_values, regions, self.config.patch_size), self.config.patch_size)
         rows = regions.row_edges.shape[1] - 1
         return patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
@@ -39,6 +39,6 @@ class ImageRebuilder(RegionPartitioner):
         return super().cut(scores, num_patches, height, width)
 
     def check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
-        """As [`RegionPartitioner.check`]; whatever the partition, the budget must fill a grid."""
+        """As [`RegionPartitioner.check`], and the budget must fill a grid with every partition."""
         super().check(pixel_values, num_patches)
         check_grid_budget(num_patches, *pixel_values.shape[2:])

@@ -146,7 +146,7 @@ class DartModel(DartPreTrainedModel):
         super().__init__(config)
         self.tokenizer = RegionTokenizer(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        # It always comes first but one, so its position is part of it and the position table has no row for it.
+        # It is always the second token, so it contains its position, and the position table has no row for it.
         self.distillation_token = (
             nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.distillation_token else None
         )
@@ -171,15 +171,14 @@ class DartModel(DartPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
-            num_patches: Token budget N of this call; `config.num_patches` without it.
-            output_regions: Whether to return where the tokens are.
-            class_token_only: Whether the last layer leaves out the regions' tokens, which are then missing from the
-                result. It saves most of that layer's work.
+            num_patches: Token budget N of this call. The default is `config.num_patches`.
+            output_regions: Also return `regions`: where the tokens are.
+            class_token_only: Compute only the class token (and the distillation token) in the last layer. This saves
+                most of that layer's work, and leaves the regions out of `last_hidden_state`.
 
         Returns:
-            `last_hidden_state` (B, 1 + N, D): the class token, then the regions, which are missing with
-            `class_token_only`. With `config.distillation_token` one token more, between the two.
-            `pooler_output` (B, D), the normalised class token; `regions` on request.
+            `last_hidden_state` (B, 1 + N, D): the class token, the distillation token if there is one, and the regions.
+            `pooler_output` (B, D), the normalised class token. With `output_regions` `regions`.
 
         Raises:
             ValueError: See [`RegionPartitioner.check`].
@@ -218,8 +217,8 @@ class DartModel(DartPreTrainedModel):
 class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):
     """DART with a linear classifier on the class token.
 
-    With `config.distillation_head` a second one reads the distillation token, and the logits are the mean of both, in
-    training too: whoever fine-tunes on labels trains both. A distillation loss finds them apart in the outputs.
+    With `config.distillation_head` a second classifier reads the distillation token. The logits are the mean of both,
+    in training too, so fine-tuning on labels trains both. The outputs also hold them apart, for a distillation loss.
     """
 
     def __init__(self, config: DartConfig) -> None:
@@ -242,7 +241,7 @@ class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):
         )
 
     def _returns_more_than_logits(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether a call with these arguments asks for what every token has: hidden states or attentions."""
+        """Tell if a call with these arguments returns hidden states or attentions."""
         flags = (f"output_{name}" for name in self._can_record_outputs)
         return any(kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
 

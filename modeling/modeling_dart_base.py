@@ -1,4 +1,4 @@
-"""What every DART model has, whatever its encoder: loading, the scorer's freezing, outputs, a classifier."""
+"""What all DART models share: loading, freezing of the scorer, outputs, a classifier."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class DartImageClassifierOutput(ImageClassifierOutput):
 
 
 class RegionPreTrainedModel(PreTrainedModel):
-    """Weights, loading, and the scorer's freezing. Every base model has its scorer in `tokenizer`."""
+    """Initial weights, loading, and freezing of the scorer. Every base model has its scorer in `tokenizer`."""
 
     config: RegionConfig
     main_input_name = "pixel_values"
@@ -100,7 +100,7 @@ class RegionPreTrainedModel(PreTrainedModel):
             self.scorer.warn_if_dead()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        # The saved code holds the bare model too: let `AutoModel` find it in a classifier's folder.
+        # The saved code has the model without a head too, so `AutoModel` can load it from a classifier's folder.
         if self._auto_class is not None:
             bare = type(self.base_model)
             self.config.auto_map = {
@@ -116,13 +116,13 @@ class RegionPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that half precision is for; the scorer's, which may be the model's first, stay in float32."""
+        """The dtype of the encoder. transformers would take the first weights, which are the scorer's float32."""
         return next(self.get_input_embeddings().parameters()).dtype
 
     def load_pretrained_scorer(self, source: str | Path | None = None) -> None:
-        """Give the scorer's trunk ImageNet weights: the library's download or a local file.
+        """Give the scorer's trunk ImageNet weights, from its library's download or from a local file.
 
-        See [`RegionScorer.load_pretrained_trunk`] for what `source` may be and what is raised.
+        See [`RegionScorer.load_pretrained_trunk`] for the accepted files and the errors.
         """
         self.scorer.load_pretrained_trunk(source)
 
@@ -131,9 +131,9 @@ class RegionPreTrainedModel(PreTrainedModel):
         self.scorer.set_frozen(frozen)
 
     def require_scorer_weights(self) -> None:
-        """Raise a ValueError if the scorer's trunk is frozen without ever having got weights.
+        """Raise a ValueError if the scorer's trunk is frozen and never got weights.
 
-        Training such a model learns nothing about where to look: the regions stay all but uniform.
+        The regions of such a model stay almost uniform, whatever it is trained on.
         """
         if self.config.partition != "uniform" and self.scorer.is_dead:
             raise ValueError(DEAD_SCORER.format(scorer=self.config.scorer))
@@ -146,7 +146,7 @@ class RegionPreTrainedModel(PreTrainedModel):
 
 
 class ImageClassifierMixin:
-    """A linear classifier on what the base model pools."""
+    """A linear classifier on the pooled output of the base model."""
 
     def __init__(self, config: RegionConfig, base_model: RegionPreTrainedModel, num_features: int) -> None:
         super().__init__(config)
@@ -167,15 +167,16 @@ class ImageClassifierMixin:
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
-            labels: (B,) class indices (or what `config.problem_type` asks for); the loss is returned with them.
-            num_patches: Token budget N of this call; `config.num_patches` without it.
-            output_regions: Whether to return where the tokens are.
+            labels: Class indices (B,); for `config.problem_type` "multi_label_classification" zeros and ones
+                (B, num_labels) in floating point, for "regression" numbers. With labels the loss is returned.
+            num_patches: Token budget N of this call. The default is `config.num_patches`.
+            output_regions: Also return `regions`: where the tokens are.
 
         Returns:
-            `logits` (B, num_labels); `loss` with labels; `regions` on request.
+            `logits` (B, num_labels); with labels `loss`; with `output_regions` `regions`.
 
         Raises:
-            ValueError: There is not one label per image; or see [`RegionPartitioner.check`].
+            ValueError: The number of labels is not the number of images; or see [`RegionPartitioner.check`].
         """
         if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
             raise ValueError(
@@ -197,11 +198,11 @@ class ImageClassifierMixin:
         return classified
 
     def base_model_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """More arguments for the base model, in a call with these. Arguments that the caller gives come first."""
+        """Arguments for the base model that depend on the caller's `kwargs`, which overrule them."""
         return {}
 
     def classify(self, outputs: DartModelOutput) -> DartImageClassifierOutput:
-        """The logits of what the base model returns."""
+        """Outputs of the base model -> logits."""
         return DartImageClassifierOutput(logits=self.classifier(outputs.pooler_output))
 
 
@@ -224,7 +225,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention that also returns its weights; arguments and results as in `ALL_ATTENTION_FUNCTIONS`."""
+    """Attention that also returns its weights, with the arguments and results of `ALL_ATTENTION_FUNCTIONS`."""
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask

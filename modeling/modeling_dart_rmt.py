@@ -1,6 +1,6 @@
 """DART (arXiv 2506.10390) with a hierarchical encoder: RMT, retentive networks for images (arXiv 2309.11523).
 
-The regions of a grid are put together again to an image, which an ordinary network of four stages reads.
+An image is rebuilt from the regions of a grid. An ordinary network of four stages reads it.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,13 @@ from .region_tokenizer import channels_last
 
 
 class RelativePositions(NamedTuple):
-    """How the positions of a map (h, w) lie to each other, for all layers of a stage.
+    """The relative positions on a map (h, w), for all layers of a stage.
 
     Args:
-        cos, sin: (h, w, 1, E), of the angles by which queries and keys turn; E channels per head.
-        decays: (1, heads, L, L), what distance adds to the attention logits. In a chunkwise stage two: along the width
-            (L = w) and along the height (L = h). Otherwise one, over all positions (L = h·w).
+        cos, sin: (h, w, 1, E), cosine and sine of the angles that rotate queries and keys. E is the channels of a head.
+        decays: Each (1, heads, L, L), terms of the attention logits that depend on the distance. A chunkwise stage has
+            two: along the width (L = w) and along the height (L = h). Other stages have one, over all positions
+            (L = h·w).
     """
 
     cos: torch.Tensor
@@ -46,25 +47,24 @@ class RelativePositions(NamedTuple):
     decays: tuple[torch.Tensor, ...]
 
 
-# Both are computed in float32 whatever the model's precision, because the authors' are, in their float64 model too.
-# With these numbers our float64 logits agree with theirs to 1e-13; computed in float64 the rates would differ by up to
-# 4e-6, and the logits by 2e-7.
+# These two functions compute in float32 in every model, because the authors' code does, also in float64 models. So our
+# float64 logits agree with theirs to 1e-13. In float64 the rates would differ by up to 4e-6, and the logits by 2e-7.
 
 
 def rotation_frequencies(head_dim: int, device: torch.device | None = None) -> torch.Tensor:
-    """Angle per position of each channel, every frequency for a pair of channels: (E,), float32."""
+    """Angle per position of each channel: (E,), float32. Pairs of channels have the same angle."""
     exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float32, device=device)
     return (1 / 10000**exponents).repeat_interleave(2)
 
 
 def decay_rates(start: float, extent: float, num_heads: int, device: torch.device | None = None) -> torch.Tensor:
-    """What a step of distance adds to the logits of head h, log(1 - 2^(-start - extent·h/heads)): (heads,), float32."""
+    """Term of the logits of head h per step of distance, log(1 - 2^(-start - extent·h/heads)): (heads,), float32."""
     heads = torch.arange(num_heads, dtype=torch.float32, device=device)
     return torch.log(1 - 2 ** (-start - extent * heads / num_heads))
 
 
 def rotate(channels: torch.Tensor, positions: RelativePositions) -> torch.Tensor:
-    """Turn pairs of neighbouring channels by the angles of their positions: (B, h, w, heads, E) -> the same shape."""
+    """Rotate pairs of neighbouring channels by the angles of their positions: (B, h, w, heads, E) -> same shape."""
     cos, sin = positions.cos.to(channels.dtype), positions.sin.to(channels.dtype)
     quarter_turned = torch.stack([-channels[..., 1::2], channels[..., ::2]], dim=-1).flatten(-2)
     return channels * cos + quarter_turned * sin
@@ -126,9 +126,9 @@ class DartRmtDepthwiseConvolution(nn.Module):
 
 
 class DartRmtRetention(nn.Module):
-    """Multi-head attention that fades with distance: (B, h, w, C) -> (B, h, w, C).
+    """Multi-head attention that decays with distance: (B, h, w, C) -> (B, h, w, C).
 
-    A chunkwise one attends along the width, and then along the height of the result.
+    Chunkwise retention attends along the width, then along the height of the result.
     """
 
     def __init__(self, config: DartRmtConfig, stage: int) -> None:
@@ -164,7 +164,7 @@ class DartRmtRetention(nn.Module):
         decay_along_width: torch.Tensor,
         decay_along_height: torch.Tensor,
     ) -> torch.Tensor:
-        """Every row is a sequence, and then every column; all tensors but the decays are (B, h, w, heads, E)."""
+        """Attend along each row, then along each column. All tensors except the decays are (B, h, w, heads, E)."""
         value = self.attend(query, key, value, decay_along_width)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         return self.attend(query, key, value, decay_along_height).transpose(1, 2)
@@ -172,12 +172,12 @@ class DartRmtRetention(nn.Module):
     def attend_over_the_map(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor
     ) -> torch.Tensor:
-        """All positions are one sequence; all tensors but the decay are (B, h, w, heads, E)."""
+        """Attend over all positions. All tensors except the decay are (B, h, w, heads, E)."""
         sequences = (states.flatten(1, 2).unsqueeze(1) for states in (query, key, value))
         return self.attend(*sequences, decay).view_as(query)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-        """Attend within each of an image's S sequences; all tensors but the decay are (B, S, L, heads, E)."""
+        """Attend within each of the S sequences of an image. All tensors except the decay are (B, S, L, heads, E)."""
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -187,7 +187,7 @@ class DartRmtRetention(nn.Module):
 
 
 class DartRmtMLP(nn.Module):
-    """Looks around between its two projections: (B, h, w, C) -> (B, h, w, C)."""
+    """MLP with a depthwise convolution between its projections: (B, h, w, C) -> (B, h, w, C)."""
 
     def __init__(self, config: DartRmtConfig, stage: int) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class DartRmtMLP(nn.Module):
 
 
 class DartRmtLayer(GradientCheckpointingLayer):
-    """Pre-norm block with a depthwise convolution in front, stochastic depth and, where it is on, layer scale."""
+    """Pre-norm block with a depthwise convolution first, stochastic depth, and layer scale if it is on."""
 
     def __init__(self, config: DartRmtConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class DartRmtStage(nn.Module):
         return features if self.downsample is None else self.downsample(features)
 
     def relative_positions(self, features: torch.Tensor) -> RelativePositions:
-        """Of a map (B, C, h, w), in float32 at least."""
+        """The relative positions on a map (B, C, h, w), in float32 at least."""
         height, width = features.shape[2:]
         dtype, device = torch.promote_types(features.dtype, torch.float32), features.device
         frequencies = rotation_frequencies(self.head_dim, device).to(dtype)
@@ -296,7 +296,7 @@ class DartRmtPreTrainedModel(RegionPreTrainedModel):
     base_model_prefix = "dart_rmt"
     # The scorer has a unit of its own under FSDP, where a unit has one precision.
     _no_split_modules = ["ImageRebuilder", "RegionScorer", "DartRmtLayer"]
-    # transformers' other implementations take no bias.
+    # The other attention implementations of transformers take no bias.
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": DartRmtStage}
 
@@ -346,14 +346,14 @@ class DartRmtModel(DartRmtPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
-            num_patches: Number R·C of the regions of this call; `config.num_patches` without it.
-            output_regions: Whether to return where the regions are.
+            num_patches: Number R·C of regions of this call. The default is `config.num_patches`.
+            output_regions: Also return `regions`: where the regions are.
 
         Returns:
-            `last_hidden_state` (B, C, h, w), the last stage's map; `pooler_output` (B, projection_size), its mean over
-            the positions after a projection; `regions` on request. `hidden_states`, on request, are maps (B, C, h, w):
-            the stem's, and what each stage hands on to the next, which is half as high and wide. There are no
-            attentions.
+            `last_hidden_state` (B, C, h, w), the map of the last stage. `pooler_output` (B, projection_size), the mean
+            of this map after a projection. With `output_regions` `regions`. `hidden_states`, on request, are maps
+            (B, C, h, w): the stem's, and the input of each following stage, which is half as high and wide. There are
+            no attentions.
 
         Raises:
             ValueError: See [`ImageRebuilder.check`].
@@ -367,7 +367,7 @@ class DartRmtModel(DartRmtPreTrainedModel):
         )
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Rebuilt images (B, c, P·R, P·C), or any others -> the last stage's map (B, C, h, w)."""
+        """Images (B, c, P·R, P·C), rebuilt or not -> the map of the last stage (B, C, h, w)."""
         # In this layout a map (B, C, h, w) is a view of (B, h, w, C).
         features = self.stem(channels_last(images))
         for stage in self.stages:

@@ -200,19 +200,20 @@ class DartVimModel(DartVimPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised as [`DartImageProcessor`] does.
-            num_patches: Token budget N of this call; `config.num_patches` without it.
-            output_regions: Whether to return where the tokens are.
+            num_patches: Token budget N of this call. The default is `config.num_patches`.
+            output_regions: Also return `regions`: where the tokens are.
 
         Returns:
-            `last_hidden_state` (B, N + 1, D): the regions in their order with the class token between them, at index
-            ⌊N/2⌋. `pooler_output` (B, D), the normalised class token; `regions` on request. There are no attentions.
+            `last_hidden_state` (B, N + 1, D): the regions in their order, with the class token between them at index
+            ⌊N/2⌋. `pooler_output` (B, D), the normalised class token. With `output_regions` `regions`. There are no
+            attentions.
 
         Raises:
             ValueError: See [`RegionPartitioner.check`].
         """
         tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
         hidden_states = self.encode(tokens, class_position)
-        # A slice: with an index `torch.compile` would make a graph for every number of tokens.
+        # A slice, because with an index `torch.compile` would make a graph for each number of tokens.
         middle = tokens.shape[1] // 2
         return DartModelOutput(
             last_hidden_state=hidden_states,
@@ -226,7 +227,7 @@ class DartVimModel(DartVimPreTrainedModel):
         class_token = self.cls_token.to(class_position.device) + class_position
         class_token = class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         residual = torch.cat([tokens[:, :middle], class_token, tokens[:, middle:]], dim=1)
-        # In half precision the sum over all layers would lose what a single layer adds.
+        # In half precision the sum over all layers would round away the small terms of single layers.
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         for layer in self.layers:
             residual = layer(residual)

@@ -16,8 +16,8 @@ def sample_regions(pixel_values: torch.Tensor, regions: Regions, patch_size: int
         regions: Of N regions each.
 
     Returns:
-        (B, N, P·P·C), dtype of `pixel_values`. A patch is stored column by column: (P columns, P rows, C), because a
-        strip column with its P rows is what the second interpolation reads at once; [`patch_images`] turns it round.
+        (B, N, P·P·C), dtype of `pixel_values`. A patch is stored column by column, (P columns, P rows, C), because the
+        second interpolation reads a strip column with its P rows at once. [`patch_images`] gives ordinary images.
     """
     strip = sample_bands(pixel_values, regions.row_edges, patch_size)
     return sample_strip(strip, regions.strip_edges, patch_size)
@@ -46,7 +46,7 @@ def sample_bands(pixel_values: torch.Tensor, row_edges: torch.Tensor, patch_size
 
 
 def sample_strip(strip: torch.Tensor, strip_edges: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Resample every region of the strip to `patch_size` columns; beyond the last column the strip is zero.
+    """Resample every region of the strip to `patch_size` columns. Beyond its last column the strip is zero.
 
     Args:
         strip: (B, R·W, P·C).
@@ -58,7 +58,7 @@ def sample_strip(strip: torch.Tensor, strip_edges: torch.Tensor, patch_size: int
     batch_size, length, _ = strip.shape
     x = _positions(strip_edges, patch_size)
     left = x.detach().floor().clamp(0, length - 1)
-    # The weights of the two columns; a column beyond the strip has none.
+    # The weights of the two columns. A column beyond the strip has the weight 0.
     right_weight = x - left
     left_weight = (1 - right_weight).clamp(min=0) * (x.detach() < length)
     right_weight = right_weight * (left < length - 1)
@@ -77,11 +77,11 @@ def blend_rows(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
         weights: (..., M, 2).
 
     Returns:
-        (all of M, F), dtype of `table`. On a CPU it has a first derivative only, outside `torch.compile`.
+        (total number of pairs, F), dtype of `table`. On a CPU, outside `torch.compile`, there is no second derivative.
     """
     indices, weights = indices.view(-1, 2), weights.view(-1, 2).to(table.dtype)
     if table.device.type == "cpu" and not torch.compiler.is_compiling():
-        # One pass forward, one backward, and nothing as large as the result is kept between them.
+        # One pass forward and one backward. Nothing as large as the result is kept between them.
         return embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
     first, second = (table.index_select(0, index) for index in indices.unbind(1))
     return first * weights[:, :1] + second * weights[:, 1:]
@@ -93,7 +93,7 @@ def patch_images(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def _positions(edges: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """`num_samples` positions per interval, its start included and its end not: (B, K + 1) -> (B, K·num_samples)."""
+    """`num_samples` positions in each interval, its end excluded: (B, K + 1) -> (B, K·num_samples)."""
     steps = torch.arange(num_samples, device=edges.device, dtype=edges.dtype) / num_samples
     starts, ends = edges[:, :-1, None], edges[:, 1:, None]
     return (starts + (ends - starts) * steps).flatten(1)

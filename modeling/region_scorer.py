@@ -150,7 +150,7 @@ class RegionScorer(nn.Module):
                 init.copy_(tensor, initial)
 
     def warn_if_dead(self) -> None:
-        """Log a warning if the trunk is frozen without ever having got weights."""
+        """Log a warning if the trunk is frozen and never got weights."""
         if not self.trunk_loaded.is_meta and self.is_dead:
             logger.warning(DEAD_SCORER.format(scorer=self.config.scorer))
 
@@ -162,7 +162,7 @@ class RegionScorer(nn.Module):
 
     @property
     def is_dead(self) -> bool:
-        """Whether the trunk is frozen without ever having got weights."""
+        """True if the trunk is frozen and never got weights."""
         return bool(self.config.scorer_frozen) and self.trunk_loaded.item() == 0
 
 
@@ -209,6 +209,6 @@ class ChannelGateHead(nn.Module):
 
 
 def zero_unless_finite(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, C, H, W) with zeros for each image that has a value that is not finite; and which images have none."""
+    """Replace images with infinite or NaN values by zeros. Also returns a mask (B, 1, 1, 1) of the finite images."""
     finite = tensor.detach().sum(dim=(1, 2, 3), dtype=torch.float32, keepdim=True).isfinite()
     return torch.where(finite, tensor, 0), finite

@@ -22,7 +22,7 @@ class RegionPartitioner(nn.Module):
         self.scorer = RegionScorer(config)
 
     def regions(self, pixel_values: torch.Tensor, num_patches: int | None) -> Regions:
-        """The regions of (B, C, H, W); `config.num_patches` of them without a number.
+        """The regions of images (B, C, H, W). The default of `num_patches` is `config.num_patches`.
 
         Raises:
             ValueError: See [`RegionPartitioner.check`].
@@ -45,15 +45,15 @@ class RegionPartitioner(nn.Module):
             return self.cut(scores, num_patches, height, width)
 
     def cut(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
-        """The partition that the configuration names, at this call."""
+        """Cut images by the partition that `config.partition` names now."""
         return PARTITIONS[self.config.partition](scores, num_patches, height, width)
 
     def check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
-        """Look at what a call is given.
+        """Check the arguments of a call.
 
         Raises:
-            ValueError: `pixel_values` has another rank, channel count or dtype, or no pixels; or the budget is below 1
-                or does not suit the partition.
+            ValueError: `pixel_values` has a wrong rank, number of channels or dtype, or no pixels; or the budget is
+                below 1 or does not fit the partition.
         """
         shape = tuple(pixel_values.shape)
         if len(shape) != 4:
@@ -89,11 +89,11 @@ class RegionTokenizer(RegionPartitioner):
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised.
-            num_patches: Token budget N; `config.num_patches` without it.
+            num_patches: Token budget N. The default is `config.num_patches`.
 
         Returns:
-            Tokens with their positions added, (B, N, D), in the order of the regions; the class token's position
-            (1, 1, D); and the regions.
+            Tokens with their position embeddings added, (B, N, D), in the order of the regions; the position embedding
+            of the class token (1, 1, D); and the regions.
 
         Raises:
             ValueError: See [`RegionPartitioner.check`].
@@ -101,7 +101,7 @@ class RegionTokenizer(RegionPartitioner):
         # Convolutions run faster in this layout, and sampling reads whole rows of it.
         pixel_values = channels_last(pixel_values)
         regions = self.regions(pixel_values, num_patches)
-        # A copy: FSDP takes the table's memory away when this unit is done.
+        # A copy, because FSDP frees the table's memory after this unit.
         return self.embed(pixel_values, regions), self.position_embeddings[:, :1].clone(), regions
 
     def embed(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
@@ -117,7 +117,7 @@ class RegionTokenizer(RegionPartitioner):
 
 
 def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
-    # What has no channels is refused later.
+    # A tensor without channels is refused later.
     return pixel_values.contiguous(memory_format=torch.channels_last) if pixel_values.dim() == 4 else pixel_values
 
 

@@ -15,8 +15,8 @@ from .configuration_region import RegionConfig
 # resolution would cost more than all others together.
 CONV_TRUNK = ((24, 7, 4), (48, 3, 2), (96, 3, 2))
 
-# torchvision name -> the model's part that is the trunk; then, for each head, the number of its layers that are read
-# (None: all) and the number of channels of the last one.
+# torchvision name -> the part of the model that is the trunk; then, for each head, the number of its layers that are
+# used (None: all) and the number of channels of the last one.
 TORCHVISION_LAYERS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
     "mobilenet_v3_small": ("features", {"v1": (11, 96), "v2": (13, 576)}),
     "mobilenet_v3_large": ("features", {"v1": (15, 160), "v2": (17, 960)}),
@@ -122,7 +122,7 @@ def _can_fold(layer: nn.Module, following: nn.Module) -> bool:
 
 
 def _is_hooked(layer: nn.Module) -> bool:
-    """Whether a call of the layer does more than the layer: hooks, or accelerate, which fetches offloaded weights."""
+    """Tell if a call of the layer does more than the layer: it has hooks, or accelerate loads offloaded weights."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return "forward" in vars(layer) or any(hooks)
 

@@ -26,7 +26,7 @@ def download_trunk_weights(config: RegionConfig, expected: Mapping[str, torch.Te
 def select_trunk_weights(
     state_dict: Mapping[str, torch.Tensor], scorer: str, expected: Mapping[str, torch.Tensor], source: str
 ) -> dict[str, torch.Tensor]:
-    """The trunk's tensors out of a whole model's state dict, or a trunk's own.
+    """Select the trunk's tensors from the state dict of a whole model, or of a trunk.
 
     Args:
         state_dict: The tensors of the torchvision or timm model that the trunk is a part of, or of the trunk alone.
@@ -64,5 +64,5 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise ValueError(f"Scorer weights {path} are damaged, or cannot be read without executing code.") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"Scorer weights {path} are no state dict: a mapping of names to tensors is accepted.")
+        raise ValueError(f"Scorer weights {path} are not a state dict: a mapping of names to tensors is accepted.")
     return dict(state_dict)

@@ -4,9 +4,10 @@ For every channel e and state s of a sequence, with x, Δ (L, E), A (E, S) and B
 
     h_t = exp(Δ_t A) h_(t-1) + Δ_t x_t B_t        y_t = Σ_s C_t h_t
 
-(Mamba, arXiv 2312.00752.) A sequence is cut into chunks. They take their first step at once, then their second…, each
-as if nothing were before it; then every chunk is given what those before it left. All factors are decays of at most 1,
-so nothing overflows. A CPU, which many images' states keep busy, takes fewer chunks than a GPU, or only one.
+(Mamba, arXiv 2312.00752.) A sequence is cut into chunks. All chunks take their first step at once, then their second
+step, and so on, each from an empty state. Then each chunk adds the decayed final state of the chunks before it. All
+factors are decays of at most 1, so nothing overflows. A CPU gets fewer chunks than a GPU, or only one, because the
+states of a batch of images keep it busy already.
 """
 
 import functools
@@ -25,7 +26,7 @@ from .blockwise_scan import BlockwiseScan, scan_operator
 
 logger = logging.get_logger(__name__)
 
-# Whether mamba_ssm's CUDA kernel computes what it can, where it is installed.
+# Set this to False to compute without mamba_ssm's CUDA kernel where it is installed.
 USE_CUDA_KERNEL = True
 
 
@@ -34,21 +35,21 @@ def selective_scan(
 ) -> torch.Tensor:
     """Scan sequences, in float32 at least.
 
-    Time and memory grow linearly with L. For the gradient one state in each block of tokens is kept, and the others are
-    computed again. There is a first derivative only. To `torch.compile` the scan is one operator.
+    Time and memory grow linearly with L. For the gradient, one state of each block of tokens is kept and the others are
+    computed again. There is no second derivative. `torch.compile` sees the scan as one operator.
 
     Args:
         x: (batch, L, E), the values, L at least 1.
         delta: (batch, L, E), the time steps Δ, at least 0.
         A: (E, S), the rates of decay, at most 0.
-        B, C: (batch, L, S), what goes into the states and what is read from them.
-        backwards: Whether from the last token to the first.
+        B, C: (batch, L, S), the weights of the input and of the output of each state.
+        backwards: Scan from the last token to the first.
 
     Returns:
         y (batch, L, E), dtype of `x`.
     """
     sequences = [tensor.to(torch.promote_types(x.dtype, torch.float32)) for tensor in (x, delta, B, C)]
-    # Which autocast would undo.
+    # Autocast would undo the promotion.
     with maybe_autocast(x.device.type, enabled=False):
         return _scan(*sequences, A.to(sequences[0].dtype), backwards).to(x.dtype)
 
@@ -56,7 +57,7 @@ def selective_scan(
 def _scan(
     x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor, backwards: bool
 ) -> torch.Tensor:
-    """The scan in whichever way suits where it runs."""
+    """Choose the implementation: for exporters, for `torch.compile`, mamba_ssm's kernel, or the blockwise scan."""
     if is_torchdynamo_exporting() or torch.jit.is_tracing():
         return _scan_in_graph(x, delta, B, C, _rates(A), backwards)
     if torch.compiler.is_compiling():
@@ -68,15 +69,15 @@ def _scan(
 
 @functools.cache
 def cuda_kernel() -> Callable | None:
-    """mamba_ssm's `selective_scan_fn`: from that package, or else from the Hub by the package `kernels`; or None."""
+    """mamba_ssm's `selective_scan_fn`, from that package or from the Hub through the package `kernels`, or None."""
     for package, load in (("mamba_ssm", _kernel_of_mamba_ssm), ("kernels", _kernel_of_the_hub)):
         try:
             return load()
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
                 continue
-            # Whatever keeps a kernel of somebody else's from loading here, there is another way.
-            logger.warning(f"The CUDA kernel that the package {package} has cannot be used: {error}")
+            # A foreign kernel can fail in any way. The blockwise scan works without it.
+            logger.warning(f"The CUDA kernel of the package {package} cannot be used: {error}")
     return None
 
 
@@ -85,7 +86,7 @@ def _kernel_of_mamba_ssm() -> Callable:
 
 
 def _kernel_of_the_hub() -> Callable:
-    # The version that transformers 5.23 takes for its own Mamba.
+    # The version that transformers 5.23 uses for its own Mamba.
     return importlib.import_module("kernels").get_kernel("kernels-community/mamba-ssm", version=4).selective_scan_fn
 
 
@@ -98,7 +99,7 @@ def _scan_by_kernel(
     A: torch.Tensor,
     backwards: bool,
 ) -> torch.Tensor:
-    """The scan by mamba_ssm's kernel, which reads sequences channel by channel and forwards."""
+    """The scan by mamba_ssm's kernel, which takes channels before tokens and scans only forwards."""
     if backwards:
         return _scan_by_kernel(kernel, *(tensor.flip(1) for tensor in (x, delta, B, C)), A, False).flip(1)
     x, delta, B, C = (tensor.transpose(1, 2).contiguous() for tensor in (x, delta, B, C))
@@ -106,7 +107,7 @@ def _scan_by_kernel(
 
 
 def _rates(A: torch.Tensor) -> torch.Tensor:
-    """Rates of decay (E, S) -> (S, E), to the base 2: exp2 takes a fraction of exp's time on a CPU."""
+    """Rates of decay (E, S) -> (S, E), to the base 2, because exp2 is faster than exp on a CPU."""
     return (A * math.log2(math.e)).t().contiguous()
 
 
@@ -114,7 +115,7 @@ def _scan_in_graph(
     x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
 ) -> torch.Tensor:
     """The scan with a new tensor for each result, for exporters: √L chunks of √L tokens."""
-    # A number also where batches of any size make symbols of sizes.
+    # A number, also where a free batch size turns sizes into symbols.
     length = operator.index(x.shape[1])
     num_steps = math.isqrt(length - 1) + 1
     sequences = (
