@@ -36,6 +36,11 @@ ALL_VARIANTS = (
 STORED = [(variant, name) for variant in REFERENCE_VARIANTS for name in golden.reference(variant)]
 
 
+def slow_unless(condition: bool, *parameters):
+    """Parameters of a test that runs in `make test` only if the condition holds."""
+    return pytest.param(*parameters, marks=[] if condition else pytest.mark.slow)
+
+
 def relative_error(computed: torch.Tensor, expected: np.ndarray) -> float:
     """max|a - b| / max|b|; shapes must agree."""
     expected = torch.from_numpy(expected).double()
@@ -143,13 +148,10 @@ def in_float64(load):
     return compute
 
 
-@pytest.mark.parametrize(("variant", "name"), STORED)
+# RMT has 100 million parameters; in float64 they take a minute. The quick tests compare its float32 logits.
+@pytest.mark.parametrize(("variant", "name"), [slow_unless(case[0] != "darmt-L6", *case) for case in STORED])
 def test_every_stored_tensor_agrees_in_float64(variant, name, in_float64):
     assert relative_error(in_float64(variant)[name], golden.reference(variant)[name]) < tolerance(variant, name)
-
-
-def as_it_is(model, pixel_values):
-    return model
 
 
 def compiled(model, pixel_values):
@@ -180,17 +182,20 @@ def unfolded(model, pixel_values):
     return model
 
 
-VIT_PATHS = (as_it_is, compiled, exported, channels_last, unfolded)
+VIT_PATHS = (compiled, exported, channels_last, unfolded)
 PATHS = [
     *(("darvit-tiny-v2", path) for path in VIT_PATHS),
     *(("darvit-sm-ft392p", path) for path in VIT_PATHS),
-    *(("darvim-tiny", path) for path in (as_it_is, compiled_layers, exported, channels_last)),
-    # 100 million parameters.
+    *(("darvim-tiny", path) for path in (compiled_layers, exported, channels_last)),
     *(("darmt-L6", path) for path in (exported, channels_last)),
+]
+QUICK_PATHS = [
+    *(("darvit-tiny-v2", path) for path in (exported, channels_last, unfolded)),
+    ("darvim-tiny", compiled_layers),
 ]
 
 
-@pytest.mark.parametrize(("variant", "path"), PATHS)
+@pytest.mark.parametrize(("variant", "path"), [slow_unless(case in QUICK_PATHS, *case) for case in PATHS])
 def test_every_path_agrees_with_the_authors_code_in_float64(variant, path, load):
     expected = golden.reference(variant)
     with torch.no_grad():
@@ -199,6 +204,7 @@ def test_every_path_agrees_with_the_authors_code_in_float64(variant, path, load)
         assert relative_error(found, expected[name]) < tolerance(variant, name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiled programs need a C++ compiler")
 def test_compiled_programs_agree_with_the_authors_code(load):
     """The compiler's own code, not only its graph."""
@@ -233,6 +239,7 @@ def test_float32_logits_agree_with_the_authors_code(variant, in_float32):
     assert relative_error(logits, golden.reference(variant)["logits"]) < (1e-4 if variant == "darmt-L6" else 2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["darvit-tiny", "darvim-tiny"])
 def test_onnx_programs_agree_with_the_authors_code(variant, converted, tmp_path):
     import onnxruntime
@@ -251,8 +258,9 @@ NOISE = {torch.bfloat16: 0.03, torch.float16: 0.004}
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        *((variant, dtype) for variant in ("darvit-tiny-v2", "darvit-sm-ft392p", "darvim-tiny") for dtype in NOISE),
-        ("darmt-L6", torch.bfloat16),
+        *(("darvit-tiny-v2", dtype) for dtype in NOISE),
+        *(slow_unless(False, variant, dtype) for variant in ("darvit-sm-ft392p", "darvim-tiny") for dtype in NOISE),
+        slow_unless(False, "darmt-L6", torch.bfloat16),
     ],
 )
 def test_half_precision_keeps_the_partition_and_is_off_by_its_noise_alone(variant, dtype, mode, load, in_float32):
@@ -273,7 +281,9 @@ def test_half_precision_keeps_the_partition_and_is_off_by_its_noise_alone(varian
     assert 0 < relative_error(found.logits, expected.logits.numpy()) < NOISE[dtype]
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [slow_unless(variant in ("darvit-tiny-ft121p", "darvim-tiny"), variant) for variant in ALL_VARIANTS]
+)
 def test_published_models_survive_saving_and_loading(variant, load, in_float32, tmp_path):
     model, published = load(variant), golden.manifest(variant)
     # RMT's manifest leaves out that its budget is 14×14.
