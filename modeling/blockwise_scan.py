@@ -1,6 +1,6 @@
-"""Selective scan, segment by segment in memory that all segments share, with a gradient of its own.
+"""Blockwise selective scan: segment by segment, in memory that all segments share, with its own gradient.
 
-The scan itself is described in `selective_scan.py`.
+`selective_scan.py` describes the recurrence and the chunks.
 """
 
 import math
@@ -13,18 +13,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers.utils.generic import maybe_autocast
 
-# How many numbers of the states (images × tokens × states × channels) are in memory at once: few enough to stay in a
-# CPU's cache, enough to fill a GPU.
+# Largest size of the states (images × tokens × states × channels) in memory: small enough for the cache of a CPU, large
+# enough to keep a GPU busy.
 CPU_BLOCK = 2**20
-# In float32 256 MiB, of which a gradient takes four.
+# In float32 this is 256 MiB. A gradient needs four times as much.
 GPU_BLOCK = 2**26
-# Up to how many numbers of a step PyTorch computes on one thread of a CPU. Where one token of all images keeps all
-# threads busy, more chunks side by side would only be more work.
+# PyTorch computes a step up to this size on one CPU thread. If one token of all images keeps all threads busy, more
+# chunks are only more work.
 CPU_STEP = 2**15
 
 
 class _Sizes(NamedTuple):
-    """How the work is cut: into groups of images, and segments of K chunks of T tokens."""
+    """The sizes of the parts: groups of images, and segments of K chunks of T tokens."""
 
     images: int
     segments: int
@@ -33,27 +33,27 @@ class _Sizes(NamedTuple):
 
     @classmethod
     def choose(cls, x: torch.Tensor, num_states: int) -> "_Sizes":
-        """For x (batch, L, E)."""
+        """Choose the sizes for x (batch, L, E)."""
         block = GPU_BLOCK if x.is_cuda else CPU_BLOCK
         batch, length, channels = x.shape
-        # A block of fewer tokens of more images would be one step after the other.
+        # With more images a block would hold too few tokens for several chunks.
         images = max(1, min(batch, block // (16 * num_states * channels)))
         states = images * num_states * channels
         tokens = min(length, max(4, block // states))
         chunks = math.isqrt(tokens - 1) + 1
         if x.device.type == "cpu":
             chunks = min(chunks, max(1, CPU_STEP * torch.get_num_threads() // states))
-        # No longer than it takes for as many segments: there may be fewer of them then.
+        # Shorten the chunks as far as the number of segments allows.
         steps = math.ceil(length / (math.ceil(length / tokens) * chunks))
         return cls(images, math.ceil(length / (chunks * steps)), chunks, steps)
 
     def empty(self, sequence: torch.Tensor) -> torch.Tensor:
-        """Memory for results (batch, segments × K × T, F) beside a sequence (batch, L, F)."""
+        """Memory (batch, segments × K × T, F) for results that belong to a sequence (batch, L, F)."""
         batch, _, size = sequence.shape
         return sequence.new_empty(batch, self.segments * self.chunks * self.steps, size)
 
     def split(self, sequence: torch.Tensor) -> list[torch.Tensor]:
-        """(images, L, …) -> segments (images, K, T, …), the last with zeros behind the last token."""
+        """(images, L, …) -> segments (images, K, T, …). The last one is padded with zeros."""
         tokens = self.chunks * self.steps
         *segments, last = sequence.split(tokens, dim=1)
         if last.shape[1] < tokens:
@@ -61,13 +61,13 @@ class _Sizes(NamedTuple):
         return [segment.unflatten(1, (self.chunks, self.steps)) for segment in (*segments, last)]
 
     def group(self, *sequences: torch.Tensor) -> list[list[tuple[torch.Tensor, ...]]]:
-        """What is computed at once: group of images -> segment -> its part of each sequence."""
+        """Split sequences into groups of images, each group into segments, each segment into its part of a sequence."""
         groups = zip(*(sequence.split(self.images) for sequence in sequences), strict=True)
         return [list(zip(*map(self.split, group), strict=True)) for group in groups]
 
 
 class BlockwiseScan(torch.autograd.Function):
-    """The scan in place, segment by segment, in memory that all of them share. y may go on behind the last token."""
+    """The scan with its gradient. The result is padded to whole segments."""
 
     @staticmethod
     def forward(
@@ -79,7 +79,7 @@ class BlockwiseScan(torch.autograd.Function):
         rates: torch.Tensor,
         backwards: bool,
     ) -> torch.Tensor:
-        # Chosen once: there may be another number of threads by the time of the gradient.
+        # The gradient needs the same sizes, and the number of threads may have changed by then.
         sizes = _Sizes.choose(x, rates.shape[0])
         y, starts = _scan_blockwise(x, delta, B, C, rates, sizes, backwards)
         if any(ctx.needs_input_grad):
@@ -91,7 +91,7 @@ class BlockwiseScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, delta, B, C, rates, *starts = ctx.saved_tensors
-        # Whoever calls `backward` under autocast gets float32 too.
+        # `backward` may be called under autocast.
         with maybe_autocast(x.device.type, enabled=False):
             return *_gradients(x, delta, B, C, rates, starts, grad_y, ctx.sizes, ctx.backwards), None
 
@@ -105,9 +105,9 @@ def _scan_blockwise(
     sizes: _Sizes,
     backwards: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """y, which may go on behind the last token, and what each segment begins with."""
+    """Compute y, padded to whole segments, and the state before each segment."""
     y = sizes.empty(x)
-    # The states' axis is the last but one, and what has none has one entry there.
+    # All sequences get the states' axis, the last but one, of size 1 if they have no states.
     sequences = (x[:, :, None], delta[:, :, None], B[..., None], C[:, :, None], y[:, :, None])
     block, starts = _Block(backwards), []
     for segments in sizes.group(*sequences):
@@ -131,10 +131,10 @@ def _gradients(
     sizes: _Sizes,
     backwards: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Those of x, delta, B, C and rates, from y's and what each segment began with."""
+    """Compute the gradients of x, delta, B, C and rates from y's gradient and the state before each segment."""
     starts = iter(starts)
-    # The states' gradient is itself a scan, in the other direction, in which a token decays by the time step of the
-    # one that the first scan went to next.
+    # The gradient of the states is a scan in the other direction. A token decays by the time step of the token that
+    # follows it in the first scan.
     next_delta = pad(delta, (0, 0, 1, 0))[:, :-1] if backwards else pad(delta, (0, 0, 0, 1))[:, 1:]
     grads = tuple(map(sizes.empty, (x, delta, B, C)))
     rows = (each[:, :, None] for each in (x, delta, next_delta, grad_y, *grads))
@@ -149,12 +149,12 @@ def _gradients(
             h = block.states(deltas, inputs, weights, rates, start)
             grad_h = gradients.states(next_deltas, grads_y, readings, rates, following)
             following = gradients.end().clone()
-            # Rows from the left: columns from the right take ten times as long.
+            # Products with the row on the left: a column on the right takes ten times as long.
             grads_C.copy_(grads_y @ h.mT)
             grads_B.copy_(inputs @ grad_h.mT)
             grad_inputs.copy_(weights.mT @ grad_h)
-            # What is left in a state of the one before it, times the gradient: the gradient of the exponent. As a
-            # product, because the difference of state and input has lost it where the time step is large.
+            # The gradient of the exponent: the decayed state before, times the gradient of the state. It is computed as
+            # a product, because the difference of state and input would cancel where the time step is large.
             grad_exponent = block.times_before(block.step_decays(deltas, rates), start).mul_(grad_h)
             grad_rates += torch.mul(grad_exponent, deltas, out=grad_h).sum((0, 1, 2))
             grad_deltas.copy_(grad_exponent.mul_(rates).sum(-2, keepdim=True))
@@ -164,8 +164,9 @@ def _gradients(
     return grad_inputs * delta, grad_delta, grad_B, grad_C, grad_rates * math.log(2)
 
 
-# One node of a compiler's graph, for sequences of any length: it would take minutes over the single steps, and keep the
-# states for the gradient. Named like this module, which remote code loads once more, under a folder's name.
+# Custom operators make the scan one node in a compiler's graph, for sequences of any length. Compiling the single steps
+# would take minutes and keep all states for the gradient. The operators have this module's name, because remote code
+# loads this file again as a module with a folder's name.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
@@ -188,7 +189,7 @@ def _gradients_operator(
     grad_y: torch.Tensor,
     backwards: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What segments begin with is computed again: how many there are would be one more unknown to a compiler."""
+    """The states before the segments are computed again, because a compiler does not know their number."""
     with maybe_autocast(x.device.type, enabled=False):
         sizes = _Sizes.choose(x, rates.shape[0])
         _, starts = _scan_blockwise(x, delta, B, C, rates, sizes, backwards)
@@ -221,12 +222,12 @@ scan_operator.register_autograd(_differentiate, setup_context=_save_for_gradient
 
 
 class _Block:
-    """Computes the states of one segment after the other, in one direction and in the same memory."""
+    """Computes the states of segments, one after the other, in one direction and in the same memory."""
 
     def __init__(self, backwards: bool) -> None:
         self.backwards = backwards
         self.memory = torch.empty(0)
-        # The chunks behind the first.
+        # All chunks after the first one.
         self.later = slice(-1) if backwards else slice(1, None)
 
     def states(
@@ -243,10 +244,10 @@ class _Block:
             delta, inputs: (images, K, T, 1, E).
             weights: (images, K, T, S, 1).
             rates: (S, E).
-            start: (images, S, E), what is before the first of these tokens, or behind the last.
+            start: (images, S, E), the state before the first of these tokens, or after the last one if backwards.
 
         Returns:
-            (images, K, T, S, E), until the next call.
+            (images, K, T, S, E), valid until the next call.
         """
         shape = (*delta.shape[:3], *rates.shape)
         if self.memory.shape != shape:
@@ -259,19 +260,19 @@ class _Block:
         for (_, before), (decay, state) in pairwise(self.steps):
             state.addcmul_(decay, before)
         for before, decay in pairwise(self.later_decays):
-            # From here on the decay since the chunk began.
+            # Now the decay since the start of the chunk.
             decay.mul_(before)
         for (_, _, before), (decays, states, _) in pairwise(self.chunks):
             states.addcmul_(decays, before)
         return self.memory
 
     def step_decays(self, delta: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-        """2^(Δ_t rates) after `states` of the same, which has written over them in all chunks but the first."""
+        """Compute 2^(Δ_t rates) again after `states`, which has overwritten them in all chunks except the first."""
         torch.mul(delta[:, self.later], rates, out=self.decays[:, self.later]).exp2_()
         return self.decays
 
     def times_before(self, factors: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Multiply factors (images, K, T, S, E) in place by the state before each of the present ones."""
+        """Multiply factors (images, K, T, S, E) in place by the state before each token."""
         flat, states = factors.flatten(1, 2), self.memory.flatten(1, 2)
         if self.backwards:
             flat[:, :-1].mul_(states[:, 1:])
@@ -282,17 +283,17 @@ class _Block:
         return factors
 
     def end(self) -> torch.Tensor:
-        """(images, S, E), what the segment leaves."""
+        """The state after the segment, (images, S, E)."""
         return self.chunks[-1][-1].squeeze(1)
 
     def _allocate(self, decays: torch.Tensor, states: torch.Tensor) -> None:
         self.decays, self.memory = decays, states
-        # The parts of the memory are looked up once for all segments.
+        # These views of the memory serve all segments.
         order, first, last = (-1, -1, 0) if self.backwards else (1, 0, -1)
         self.first_step = decays[:, first, first], states[:, first, first]
         self.steps = list(zip(decays.unbind(2), states.unbind(2), strict=True))[::order]
         ends = states[:, :, last, None].unbind(1)
         self.chunks = list(zip(decays.unbind(1), states.unbind(1), ends, strict=True))[::order]
-        # What is before the first chunk is in its first step already.
+        # The first chunk already contains the state before it.
         later_decays = decays[:, self.later]
         self.later_decays = later_decays.unbind(2)[::order] if later_decays.numel() else ()

@@ -77,19 +77,20 @@ def bands_for_budget(num_patches: int, height: int, width: int) -> int:
 
 
 def density(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores as a share of their sum.
+    """Scores divided by their sum.
 
     Args:
         scores: (B, G, G).
 
     Returns:
-        `(density, usable)`: density (B, G, G) sums to 1 per image; usable (B, 1) is False where the scores say nothing
-        (constant, all zero, negative, infinite or NaN). Those images get the uniform density and no gradient.
+        `(density, usable)`: density (B, G, G) sums to 1 for each image. usable (B, 1) is False for images whose scores
+        say nothing: constant, all zero, negative, infinite or NaN. These images get the uniform density and no
+        gradient.
     """
     highest, lowest = scores.detach().amax(dim=(1, 2)), scores.detach().amin(dim=(1, 2))
-    # Below this the gradient of the normalisation overflows: such scores are zero for the arithmetic at hand.
+    # Below this bound the gradient of the normalisation overflows, so such scores count as zero.
     smallest = torch.finfo(scores.dtype).tiny ** 0.5
-    # A NaN makes both extremes NaN, and no comparison with NaN holds.
+    # A NaN makes both extremes NaN, and every comparison with NaN is False.
     usable = (lowest >= 0) & (highest > lowest) & (highest > smallest) & (highest < math.inf)
     usable, highest = usable[:, None, None], highest[:, None, None]
     # Dividing by the highest first keeps the sum of huge scores finite.
@@ -111,11 +112,11 @@ def quantiles(density: torch.Tensor, num_parts: int) -> torch.Tensor:
     """
     cumulative = density.cumsum(dim=1)
     mass = torch.arange(1, num_parts, device=density.device).to(density.dtype) / num_parts
-    # The first cell whose cumulative sum reaches the mass. Counting the cells that do not is monotone in the mass
-    # whatever the rounding of the sums, needs no sorted input, and exports.
+    # The first cell whose cumulative sum reaches the mass, found by counting the cells before it. The count is monotone
+    # in the mass even if the sums are rounded, needs no sorted input, and exports.
     cell = (cumulative[:, None, :] < mass[:, None]).sum(dim=2).clamp(max=density.shape[1] - 1)
     before = pad(cumulative, (1, 0))[:, :-1].gather(1, cell)
-    # At most 1 but for rounding, and in the last cell where the sum stays short of 1.
+    # Above 1 only through rounding, and in the last cell if the sum stays below 1.
     within = ((mass - before) / (density.gather(1, cell) + QUANTILE_EPSILON)).clamp(0, 1)
     return cell + within
 
@@ -136,7 +137,7 @@ def cell_coverage(edges: torch.Tensor, num_cells: int) -> torch.Tensor:
 
 
 def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
-    """What share of each band every grid row makes up.
+    """The shares of the grid rows in each band.
 
     Args:
         row_edges: (B, R + 1) pixels.
@@ -150,7 +151,7 @@ def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
 
 
 def position_weights(regions: Regions, grid_size: int) -> torch.Tensor:
-    """What share of each region every cell of the position table makes up.
+    """The shares of the cells of the position table in each region.
 
     Args:
         regions: Of N regions each.
@@ -260,6 +261,6 @@ def _renormalised(mass: torch.Tensor) -> torch.Tensor:
 
 
 def _with_ends(inner: torch.Tensor, first: float, last: float) -> torch.Tensor:
-    """Inner edges (B, K - 1) between a first and a last one that are exact whatever the rounding of the scale."""
+    """Add a first and a last edge to inner edges (B, K - 1). Both are exact, without rounding."""
     inner = inner.clamp(first, last)
     return torch.cat([inner.new_full((inner.shape[0], 1), first), inner, inner.new_full((inner.shape[0], 1), last)], 1)
