@@ -3,6 +3,8 @@
 Importing this package registers the models with transformers' Auto classes; nothing else happens.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from dart_hf.modeling.configuration_dart import DartConfig
@@ -32,6 +34,16 @@ for _config, _model, _classifier in (
     _model.register_for_auto_class("AutoModel")
     _classifier.register_for_auto_class("AutoModelForImageClassification")
 
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is first used, because the training room is slow to import.
+    if name == "DartTrainer":
+        from dart_hf.training.trainer import DartTrainer
+
+        return DartTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DartConfig",
     "DartForImageClassification",
@@ -42,6 +54,7 @@ __all__ = [
     "DartRmtForImageClassification",
     "DartRmtModel",
     "DartRmtPreTrainedModel",
+    "DartTrainer",
     "DartVimConfig",
     "DartVimForImageClassification",
     "DartVimModel",

@@ -19,7 +19,7 @@ from dart_hf.data.digits_on_photos import digits_on_photos
 from dart_hf.environment import require_packages
 from dart_hf.evaluation.metrics import Accuracy
 from dart_hf.evaluation.region_statistics import count_regions_on_boxes
-from dart_hf.training.recipe import EVALUATION_BATCH_SIZE, train_classifier
+from dart_hf.training.classifier import EVALUATION_BATCH_SIZE, train_classifier
 from dart_hf.visualization import draw_regions, save_figure
 
 NUM_SAMPLES = 8

@@ -12,7 +12,8 @@ from dart_hf.evaluation.calibration import calibrate_model
 from dart_hf.evaluation.prediction import predict
 from dart_hf.evaluation.run import run_evaluation
 from dart_hf.hub.loading import load_model
-from dart_hf.training.command import parse_settings, run_training
+from dart_hf.training.run import run_training
+from dart_hf.training.settings import parse_settings
 
 LABELS = ("0", "1", "2")
 SIDE = 32

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 from dart_hf import DartConfig, DartRmtConfig, DartVimConfig
 from dart_hf.benchmark.models import DART_PRESETS
 from dart_hf.presets import PRESETS, preset_config
-from dart_hf.training.command import ModelArguments
+from dart_hf.training.settings import ModelArguments
 
 
 def test_the_names():

@@ -13,7 +13,8 @@ def train(context: typer.Context) -> None:
     """Fine-tune a model on images, or train one from scratch."""
     quiet_loading()
     bars_on_terminals_only()
-    from dart_hf.training.command import parse_settings, run_training, training_help
+    from dart_hf.training.run import run_training
+    from dart_hf.training.settings import parse_settings, training_help
 
     if "--help" in context.args or not context.args:
         typer.echo(training_help())

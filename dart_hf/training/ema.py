@@ -1,8 +1,9 @@
 """Averaged weights: what a training evaluates, saves beside its checkpoints, and ends with."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast
@@ -10,168 +11,108 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.modeling_utils import PreTrainedModel
 
 from dart_hf.files import atomic_write
-from dart_hf.training.checkpoints import MARKER, checkpoint_folder
 
 EMA_FILE = "ema.safetensors"
 
 
-class EmaCallback(TrainerCallback):
-    """Keeps an exponential moving average of the weights, and lets `Trainer` evaluate and return it.
+class WeightAverage:
+    """An exponential moving average of a model's weights.
 
-    After every optimiser step `average = decay · average + (1 - decay) · weights`, for the buffers too (running
-    statistics of scores and of BatchNorm); the first step's average is its weights.
+    After every optimizer step `average = decay · average + (1 - decay) · weights`, for the buffers too (running
+    statistics of scores and of BatchNorm). The average after the first step is the weights of that step.
 
-    - Each evaluation that `Trainer` schedules runs on the average, so that the best checkpoint is the one with the best
-      average. Training goes on with the weights as trained.
+    [`DartTrainer`] keeps one when its recipe has an `ema_decay`:
+
+    - Each evaluation during the training runs on the average, so the best checkpoint is the one with the best average.
+      The training goes on with the weights as trained.
     - Every checkpoint has the average in `ema.safetensors`, under the model's own names, and the weights as trained in
       `model.safetensors`. A resumed training goes on with both.
-    - When training ends, the model is the average: of the best checkpoint with `load_best_model_at_end`, else the
-      latest. What is saved then is what was evaluated.
+    - When the training ends, the model gets the average: of the best checkpoint with `load_best_model_at_end`, else the
+      latest. So what is saved then is what was evaluated.
 
-    Several processes keep the same average. It is on the model's device, and takes as much memory as the model.
+    All processes keep the same average. It is on the model's device and takes as much memory as the model.
 
     Args:
-        decay: The average's share of the new average, in [0, 1). The default is DART's and DeiT's.
-        warmup: Lets the decay grow to that as (1 + n) / (10 + n) in step n + 2 (the rule of TensorFlow's
-            ExponentialMovingAverage), so that a short training averages over its last tenth or so, and not over its
+        model: The model, on its device, with its first weights.
+        decay: Weight of the old average in the new one, in [0, 1). The default is DART's and DeiT's.
+        warmup: Let the decay grow to its value as (1 + n) / (10 + n) in step n + 2 (the rule of TensorFlow's
+            ExponentialMovingAverage). A short training then averages over about its last tenth, and not over its
             beginning. DeiT trains without.
-        resume_from: The checkpoint whose average to go on with; by default that of the step to resume from, in the
-            output folder.
 
     Raises:
-        ValueError: `decay` is out of range; the weights are spread over processes (FSDP, DeepSpeed), or in half
-            precision, which is too coarse for an average; an average does not fit the model; an evaluation is not one
-            that `Trainer` scheduled, on one data set; or [`CompleteCheckpointCallback`] comes before this.
-        FileNotFoundError: The checkpoint to resume from has no average.
+        ValueError: `decay` is out of range; the weights are spread over processes (FSDP, DeepSpeed); or they are in
+            half precision, which is too coarse for an average.
     """
 
-    def __init__(
-        self, decay: float = 0.99996, warmup: bool = True, resume_from: str | os.PathLike | None = None
-    ) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1, got {decay}.")
-        self.decay = decay
-        self.warmup = warmup
-        self.resume_from = resume_from
-        self._average: ModelEmaV3 | None = None
-        # Whether the model has the average and the average the weights as trained.
-        self._exchanged = False
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.99996, warmup: bool = True) -> None:
+        check_decay(decay)
         _check_weights(model)
-        if self._exchanged and state.global_step == 0:
-            self._exchange(model)  # The last training broke off in an evaluation.
-        self._exchanged = False
-        self._average = ModelEmaV3(model, self.decay, use_warmup=self.warmup, warmup_gamma=9, warmup_power=1)
-        if state.global_step > 0:
-            load_average(self._average.module, self.resume_from or checkpoint_folder(args, state))
-        if args.eval_on_start:
-            self._exchange(model)
+        self._model = model
+        self._average = ModelEmaV3(model, decay, use_warmup=warmup, warmup_gamma=9, warmup_power=1)
+        self._in_model = False
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        # Gradients that overflow in half precision are not applied.
-        if not getattr(optimizer, "step_was_skipped", False):
-            self._average.update(model, step=state.global_step + 1)
+    def update(self, step: int) -> None:
+        """Include the model's weights after optimizer step `step`, counted from 1."""
+        self._average.update(self._model, step=step)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if control.should_evaluate:
-            self._exchange(model)
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Give the model the average inside the block. Blocks may be nested."""
+        if self._in_model:
+            yield
+            return
+        self.give_to_model()
+        self._in_model = True
+        try:
+            yield
+        finally:
+            self._exchange()
+            self._in_model = False
 
-    on_epoch_end = on_step_end
+    def give_to_model(self) -> None:
+        """Give the model the average; the model's own weights are then kept here."""
+        # Each process has its own batch statistics. DistributedDataParallel also takes the buffers of process 0.
+        broadcast(list(self._average.module.buffers()))
+        self._exchange()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._average is None:
-            return  # Not in a training.
-        if not self._exchanged:
-            raise ValueError(
-                "EmaCallback was not asked to average for this evaluation: eval_dataset must be one data set, not a "
-                "dictionary, and in training only eval_strategy and callbacks before EmaCallback may start one."
-            )
-        self._exchange(model)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            checkpoint = checkpoint_folder(args, state)
-            if (checkpoint / MARKER).exists():
-                raise ValueError(
-                    f"{checkpoint} is already complete: give CompleteCheckpointCallback after EmaCallback."
-                )
-            with atomic_write(checkpoint / EMA_FILE) as unfinished:
-                save_model(self._average.module, os.fspath(unfinished), metadata={"format": "pt"})
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_average(model, state.best_model_checkpoint)
-        else:
-            self._exchange(model)
-        self._average, self._exchanged = None, False
-
-    def _exchange(self, model: nn.Module) -> None:
-        """Give the model the average, and the average the model's weights; again, and all is as before."""
-        if not self._exchanged:
-            # Each process has its own batch statistics; DistributedDataParallel too takes process 0's buffers.
-            broadcast(list(self._average.module.buffers()))
+    def _exchange(self) -> None:
         for average, weight in zip(
-            self._average.module.state_dict().values(), model.state_dict().values(), strict=True
+            self._average.module.state_dict().values(), self._model.state_dict().values(), strict=True
         ):
             trained = weight.clone()
             weight.copy_(average)
             average.copy_(trained)
-        self._exchanged = not self._exchanged
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the average into a checkpoint."""
+        with atomic_write(checkpoint / EMA_FILE) as unfinished:
+            save_model(self._average.module, os.fspath(unfinished), metadata={"format": "pt"})
+
+    def load(self, checkpoint: str | os.PathLike) -> None:
+        """Go on with the average of a checkpoint; raises as [`load_average`]."""
+        load_average(self._average.module, checkpoint)
+
+
+def check_decay(decay: float) -> None:
+    """Raise a ValueError unless the decay of an average is in [0, 1)."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema_decay must be at least 0 and below 1, got {decay}.")
 
 
 def load_average(model: nn.Module, checkpoint: str | os.PathLike) -> None:
-    """Give a model the average that [`EmaCallback`] left in a checkpoint.
+    """Give a model the average that a training with `ema_decay` left in a checkpoint.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged, or another model's.
+        FileNotFoundError: The checkpoint has no average.
+        ValueError: The average is damaged, or another model's.
     """
     path = Path(checkpoint) / EMA_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"The average of the weights, {path}, does not exist: resume a training that had EmaCallback and name its "
-            "checkpoint, EmaCallback(resume_from=...), or resume without EmaCallback."
+            f"The average of the weights, {path}, does not exist: resume a training that had ema_decay, or resume "
+            "without ema_decay."
         )
     try:
         load_model(model, path)
@@ -183,11 +124,11 @@ def _check_weights(model: nn.Module) -> None:
     distributed = AcceleratorState().distributed_type
     if distributed in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"EmaCallback needs all weights in every process, and {distributed.value} spreads them; train with DDP."
+            f"ema_decay needs all weights in every process, and {distributed.value} spreads them; train with DDP."
         )
     coarse = {str(weight.dtype) for weight in model.parameters() if weight.dtype.itemsize < 4}
     if coarse:
         raise ValueError(
-            f"EmaCallback needs weights in float32, got {', '.join(sorted(coarse))}: load the model with "
+            f"ema_decay needs weights in float32, got {', '.join(sorted(coarse))}: load the model with "
             "dtype=torch.float32 and train with bf16=True or fp16=True."
         )

@@ -1,13 +1,12 @@
-"""Losses for `Trainer`'s `compute_loss_func`: means over the images of the whole batch."""
+"""Losses for `Trainer`'s `compute_loss_func`: each is the mean over the images of the whole batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-# What `Trainer` and torch's cross entropy take for "no label".
-IGNORED = -100
+from dart_hf.data.collator import IGNORED_LABEL, is_labelled
 
 
 def soft_target_cross_entropy(
@@ -17,11 +16,10 @@ def soft_target_cross_entropy(
 ) -> torch.Tensor:
     """Cross entropy against class indices or target probabilities; a `compute_loss_func` of `Trainer`.
 
-    transformers' own loss takes float labels for independent yes-or-no answers (binary cross entropy per class), which
-    the targets of mixup, cutmix and label smoothing are not. With this one, `Trainer` trains on such targets and
-    evaluates on class indices. It then ignores `label_smoothing_factor`: smooth the targets themselves. (transformers
-    before 5.6 divides any accumulated loss once too often; `trainer.accelerator.gradient_accumulation_steps = 1` stops
-    that.)
+    transformers' own loss treats float labels as independent yes-or-no answers (binary cross entropy per class). The
+    targets of mixup, cutmix and label smoothing are something else: probabilities of one answer. With this loss,
+    `Trainer` trains on such targets and evaluates on class indices. It ignores `label_smoothing_factor`: smooth the
+    targets instead.
 
     Args:
         outputs: What an image classifier returns without labels; its `logits` (B, K) are used.
@@ -37,8 +35,56 @@ def soft_target_cross_entropy(
     Raises:
         ValueError: There are no labels, or not one or K per image.
     """
+    losses = image_cross_entropy(logits_of(outputs), labels)
+    return mean_over_images(losses, labels, num_items_in_batch)
+
+
+def multi_label_cross_entropy(
+    outputs: Mapping[str, Any] | Sequence[Any],
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Binary cross entropy per class, as transformers computes it for `multi_label_classification`.
+
+    Arguments and result as in [`soft_target_cross_entropy`], with `labels` (B, K) from 0 to 1.
+
+    Raises:
+        ValueError: `labels` has another shape than the logits.
+    """
     logits = logits_of(outputs)
-    return mean_over_images(image_cross_entropy(logits, labels), labels, num_items_in_batch)
+    _check_shape(labels, logits.shape, "multi-label classification")
+    losses = binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=1)
+    return mean_over_images(losses, labels, num_items_in_batch)
+
+
+def mean_squared_error(
+    outputs: Mapping[str, Any] | Sequence[Any],
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Squared error, as transformers computes it for `regression`.
+
+    Arguments and result as in [`soft_target_cross_entropy`], with `labels` (B, K), or (B,) where K is 1. An image does
+    not count if its label is NaN.
+
+    Raises:
+        ValueError: `labels` has not K numbers per image.
+    """
+    logits = logits_of(outputs)
+    targets = labels[:, None] if labels is not None and labels.ndim == 1 else labels
+    _check_shape(targets, logits.shape, "regression")
+    # NaN would spread through the gradient even where the loss does not count.
+    losses = mse_loss(logits, targets.nan_to_num().to(logits.dtype), reduction="none").mean(dim=1)
+    return mean_over_images(losses, labels, num_items_in_batch)
+
+
+# `problem_type` of a configuration -> the loss. transformers writes None until it has seen labels.
+LOSSES: dict[str | None, Callable[..., torch.Tensor]] = {
+    None: soft_target_cross_entropy,
+    "single_label_classification": soft_target_cross_entropy,
+    "multi_label_classification": multi_label_cross_entropy,
+    "regression": mean_squared_error,
+}
 
 
 def logits_of(outputs: Mapping[str, Any] | Sequence[Any]) -> torch.Tensor:
@@ -47,12 +93,12 @@ def logits_of(outputs: Mapping[str, Any] | Sequence[Any]) -> torch.Tensor:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in float32, or as it is if that is more precise."""
+    """`tensor` in float32, or unchanged if it is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def image_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K) and labels as in [`soft_target_cross_entropy`] -> (B,), whatever it may be for those ignored."""
+    """Logits (B, K) and labels as in [`soft_target_cross_entropy`] -> (B,). Ignored images may have any value."""
     if labels is None:
         raise ValueError("A batch must have labels, got none.")
     expected = logits.shape if labels.is_floating_point() else logits.shape[:1]
@@ -62,7 +108,7 @@ def image_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
             f"for logits of shape {tuple(logits.shape)}, got {tuple(labels.shape)} in {labels.dtype}."
         )
     targets = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
-    return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return cross_entropy(logits, targets, ignore_index=IGNORED_LABEL, reduction="none")
 
 
 def mean_over_images(
@@ -72,12 +118,21 @@ def mean_over_images(
 
     `labels` and `num_items_in_batch` are those of [`soft_target_cross_entropy`].
     """
-    soft = labels.is_floating_point()
-    counted = labels.ne(IGNORED).all(dim=1) if soft else labels.ne(IGNORED)
+    counted = is_labelled(labels)
     if num_items_in_batch is None:
         num_images = counted.sum()
     else:
         # Under nn.DataParallel there is one entry per device, and `Trainer` scales the loss so that their sum is right.
         num_items = torch.as_tensor(num_items_in_batch, device=losses.device).sum()
-        num_images = num_items / labels.shape[1] if soft else num_items
+        num_images = num_items / labels.shape[1] if labels.ndim == 2 else num_items
     return torch.where(counted, losses, 0).sum() / num_images.clamp(min=1)
+
+
+def _check_shape(labels: torch.Tensor | None, expected: torch.Size, task: str) -> None:
+    if labels is None:
+        raise ValueError("A batch must have labels, got none.")
+    if labels.shape != expected or not labels.is_floating_point():
+        raise ValueError(
+            f"labels for {task} must be floating point of shape {tuple(expected)}, got {tuple(labels.shape)} in "
+            f"{labels.dtype}."
+        )

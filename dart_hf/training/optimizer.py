@@ -7,13 +7,12 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_optimizer import is_optimizer_factory
 
 from dart_hf.modeling.modeling_dart_rmt import DartRmtDepthwiseConvolution
 from dart_hf.modeling.modeling_dart_vim import DartVimConvolution, DartVimTimeSteps
 from dart_hf.modeling.region_tokenizer import PatchProjection
 
-# timm's sign for what goes with the layer before it.
+# timm's sign for a part that goes with the layer before it.
 WITH_PREVIOUS = (99999,)
 DECAYING_LAYERS = (
     nn.Linear,
@@ -25,8 +24,8 @@ DECAYING_LAYERS = (
     DartVimTimeSteps,
 )
 
-# timm's notation: parts of a model from its input to its output, by their parameters' names; what matches nothing (the
-# final norm and the heads) comes last. A name may have a wrapper's prefixes, e.g. `module.` or `_fsdp_wrapped_module.`.
+# The parts of a model from its input to its output in timm's notation, by the names of their parameters. What matches
+# nothing (the final norm and the heads) comes last. A name may have a wrapper's prefix such as `module.`.
 DEPTHS = {
     "tokens": r"(?:.*\.)?(?:tokenizer\.|stem\.|cls_token$|distillation_token$)",
     "layers": [
@@ -50,18 +49,22 @@ def parameter_groups(
     Each parameter that requires a gradient is in exactly one group. Only the weights of linear and convolutional layers
     decay: norms, biases, class and distillation tokens and the position table do not.
 
+    timm finds the depth of each parameter. Its `param_groups_layer_decay` is not used: it leaves the rate of a group to
+    timm's schedulers (`lr_scale`), which `Trainer`'s do not read, and it has no rate for the scorer.
+
     Args:
         model: The model, bare or wrapped (compiled, DDP, FSDP).
-        learning_rate: Of the final norm and the classifier.
-        weight_decay: Of the weights that decay.
+        learning_rate: Learning rate of the final norm and the classifier.
+        weight_decay: Decay of the weights that decay.
         layer_decay: Factor of the learning rate from one layer to the one before it, as in BEiT (arXiv 2106.08254):
             layer i of L learns at `learning_rate * layer_decay**(L + 1 - i)` with i from 1, and what makes the tokens
             (projection, positions, scorer, class token; RMT's stem) is layer 0.
-        scorer_learning_rate: Of the scorer: its head and, if it trains, its trunk. Without it that of layer 0.
+        scorer_learning_rate: Learning rate of the scorer: its head and, if it trains, its trunk. Without it the rate
+            of layer 0.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay`, and a `name`: "depth_<i>" or "scorer", with "_no_decay" behind it
-        for those that do not decay. The last layer comes first, because `Trainer` logs the first group's learning rate.
+        Groups with `params`, `lr`, `weight_decay`, and a `name`: "depth_<i>" or "scorer", followed by "_no_decay" if
+        the group does not decay. The last layer comes first, because `Trainer` logs the first group's learning rate.
 
     Raises:
         ValueError: `layer_decay` is not above 0 and at most 1, or `scorer_learning_rate` is negative; or the parameters
@@ -98,48 +101,28 @@ def parameter_groups(
     return groups
 
 
-class LayerwiseOptimizer:
-    """An optimizer factory for `Trainer`: the optimizer that its arguments name, on [`parameter_groups`]."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        layer_decay: float = 1.0,
-        scorer_learning_rate: float | None = None,
-    ) -> torch.optim.Optimizer:
-        """The optimizer of `args.optim` with its options; see [`parameter_groups`] for the rest.
-
-        Raises:
-            ValueError: `args.optim` is an optimizer that groups the parameters itself.
-        """
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if is_optimizer_factory(optimizer_class) or options.keys() & {"params", "model", "optimizer_dict"}:
-            raise ValueError(
-                f"optim={args.optim.value!r} groups the parameters itself, so layer_decay and scorer_learning_rate "
-                "cannot be applied; choose another one, e.g. 'adamw_torch'."
-            )
-        groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay, scorer_learning_rate)
-        return optimizer_class(groups, **options)
-
-
 def layerwise_optimizer(
-    args: TrainingArguments, layer_decay: float = 1.0, scorer_learning_rate: float | None = None
-) -> tuple[type[LayerwiseOptimizer], dict[str, Any]]:
-    """What `Trainer` takes as `optimizer_cls_and_kwargs`; see [`parameter_groups`] for the arguments.
+    model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0, scorer_learning_rate: float | None = None
+) -> torch.optim.Optimizer | None:
+    """The optimizer of `args.optim`, with its options, on [`parameter_groups`].
 
-    The optimizer, its options, the learning rate and the weight decay are those of `args`; the schedule scales the
-    learning rates of all groups.
+    The schedule of `Trainer` scales the learning rates of all groups.
 
-    Example:
+    Returns:
+        The optimizer; None if `args.optim` groups the parameters itself and no rate of ours has to be applied.
 
-    ```python
-    >>> optimizer = layerwise_optimizer(args, layer_decay=0.75, scorer_learning_rate=1e-5)
-    >>> trainer = Trainer(model, args, train_dataset=dataset, optimizer_cls_and_kwargs=optimizer)
-    ```
+    Raises:
+        ValueError: `args.optim` groups the parameters itself, so that `layer_decay` or `scorer_learning_rate` cannot be
+            applied.
     """
-    return LayerwiseOptimizer, {
-        "args": args,
-        "layer_decay": layer_decay,
-        "scorer_learning_rate": scorer_learning_rate,
-    }
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    is_class = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+    if not is_class or options.keys() & {"params", "model", "optimizer_dict"}:
+        if layer_decay == 1.0 and scorer_learning_rate is None:
+            return None
+        raise ValueError(
+            f"optim={args.optim.value!r} groups the parameters itself, so layer_decay and scorer_learning_rate "
+            "cannot be applied; choose another one, e.g. 'adamw_torch'."
+        )
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, layer_decay, scorer_learning_rate)
+    return optimizer_class(groups, **options)

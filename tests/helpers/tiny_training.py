@@ -1,22 +1,22 @@
-"""A training of a second: a DART with dropout and drop path, a few coloured pictures, and a stock `Trainer`."""
+"""A training of a second: a DART with dropout and drop path, a few coloured pictures, and a `DartTrainer`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
-from dart_hf.data.collator import ImageClassificationCollator
-from dart_hf.evaluation.metrics import classification_accuracy
+from dart_hf.training import DartTrainer, Recipe
 
 SIDE = 24
 NUM_LABELS = 3
 
 
-# A classifier in which every kind of state is at work: random numbers, running statistics of scores, BatchNorm.
+# A classifier with every kind of state: random numbers, running statistics of scores, BatchNorm.
 TINY = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -34,7 +34,7 @@ TINY = {
 
 def tiny_dart(**settings: Any) -> DartForImageClassification:
     set_seed(0)
-    return DartForImageClassification(DartConfig(**TINY, num_labels=NUM_LABELS, **settings))
+    return DartForImageClassification(DartConfig(**{**TINY, "num_labels": NUM_LABELS, **settings}))
 
 
 def tiny_pictures(count: int) -> list[dict[str, Any]]:
@@ -48,8 +48,12 @@ def tiny_pictures(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def tiny_trainer(output: Path, callbacks: list[TrainerCallback], **arguments: Any) -> Trainer:
-    """A stock `Trainer`: 22 pictures in batches of 4, so 6 steps an epoch, saved after every third."""
+def tiny_processor() -> DartImageProcessor:
+    return DartImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
+
+
+def tiny_arguments(output: Path, **arguments: Any) -> TrainingArguments:
+    """Arguments for 22 pictures in batches of 4, so 6 steps an epoch, saved after every third."""
     settings: dict[str, Any] = {
         "max_steps": 20,
         "per_device_train_batch_size": 4,
@@ -63,20 +67,26 @@ def tiny_trainer(output: Path, callbacks: list[TrainerCallback], **arguments: An
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "remove_unused_columns": False,
         "dataloader_pin_memory": False,
         **arguments,
     }
-    processor = DartImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
-    return Trainer(
-        model=tiny_dart(),
-        args=TrainingArguments(output, **settings),
-        data_collator=ImageClassificationCollator(processor, NUM_LABELS),
+    return TrainingArguments(output, **settings)
+
+
+def tiny_trainer(
+    output: Path, recipe: Recipe | None = None, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
+) -> DartTrainer:
+    trainer = DartTrainer(
+        tiny_dart(),
+        tiny_arguments(output, **arguments),
         train_dataset=tiny_pictures(22),
         eval_dataset=tiny_pictures(6),
-        compute_metrics=classification_accuracy,
+        processing_class=tiny_processor(),
         callbacks=callbacks,
+        recipe=recipe,
     )
+    trainer.show_progress(None)
+    return trainer
 
 
 def same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

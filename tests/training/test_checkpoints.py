@@ -1,4 +1,4 @@
-"""Which checkpoints count as complete, and what is deleted when."""
+"""Which checkpoints count as complete, and which are deleted when."""
 
 import json
 import shutil
@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_training import tiny_trainer
+from helpers.tiny_training import same_tensors, tiny_trainer
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
-from dart_hf import files as folders
+from dart_hf import files
 from dart_hf.training import checkpoints
 from dart_hf.training.checkpoints import (
     MARKER,
-    CompleteCheckpointCallback,
-    RandomStateCallback,
     is_complete,
     latest_complete_checkpoint,
+    mark_complete,
+    remove_checkpoint,
     remove_incomplete_checkpoints,
-    resume_training,
 )
 
 
@@ -30,7 +30,7 @@ def names(folder):
 def trained(tmp_path_factory):
     """A folder with complete checkpoints of 3, 6, 9 and 12 steps. Not to be written to."""
     output = tmp_path_factory.mktemp("checkpoints")
-    tiny_trainer(output, [CompleteCheckpointCallback()], max_steps=12).train()
+    tiny_trainer(output, max_steps=12).train()
     return output
 
 
@@ -39,43 +39,42 @@ def folder(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "trained"))
 
 
-def test_the_marker_has_every_file(trained):
+def test_marker_has_every_file(trained):
     for step in (3, 6, 9, 12):
         checkpoint = trained / f"checkpoint-{step}"
-        files = json.loads((checkpoint / MARKER).read_text())["files"]
-        assert files == {name: (checkpoint / name).stat().st_size for name in names(checkpoint) - {MARKER}}
-        assert files.keys() > {"model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"}
+        marked = json.loads((checkpoint / MARKER).read_text())["files"]
+        assert marked == {name: (checkpoint / name).stat().st_size for name in names(checkpoint) - {MARKER}}
+        assert marked.keys() > {"model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"}
 
 
 def test_files_in_subfolders_count(tmp_path):
     (tmp_path / "checkpoint-1" / "shards").mkdir(parents=True)
     shard = tmp_path / "checkpoint-1" / "shards" / "0.bin"
     shard.write_bytes(b"weights")
-    checkpoints._mark_complete(shard.parent.parent)
+    mark_complete(shard.parent.parent)
     assert latest_complete_checkpoint(tmp_path) == shard.parent.parent
     shard.write_bytes(b"wei")
     assert latest_complete_checkpoint(tmp_path) is None
 
 
-def test_everything_is_flushed_before_it_counts(folder, monkeypatch):
+def test_files_are_flushed_before_the_checkpoint_is_marked(folder, monkeypatch):
     checkpoint = folder / "checkpoint-12"
     (checkpoint / MARKER).unlink()
-    flush, before, after = folders.flush_to_disk, set(), set()
+    flush, before, after = files.flush_to_disk, set(), set()
 
     def record(path):
         (after if is_complete(checkpoint) else before).add(path)
         flush(path)
 
-    for module in (checkpoints, folders):
+    for module in (checkpoints, files):
         monkeypatch.setattr(module, "flush_to_disk", record)
-    files = set(checkpoint.iterdir())
-    checkpoints._mark_complete(checkpoint)
-    assert before == files | {folder, checkpoint, checkpoint / f".{MARKER}.unfinished"}
+    contents = set(checkpoint.iterdir())
+    mark_complete(checkpoint)
+    assert before == contents | {folder, checkpoint, checkpoint / f".{MARKER}.unfinished"}
     assert after == {checkpoint}
 
 
-def test_the_latest_has_the_most_steps(folder):
-    assert latest_complete_checkpoint(folder) == folder / "checkpoint-12"
+def test_latest_checkpoint_has_the_most_steps(folder):
     assert latest_complete_checkpoint(str(folder)) == folder / "checkpoint-12"
     shutil.rmtree(folder / "checkpoint-12")
     assert latest_complete_checkpoint(folder) == folder / "checkpoint-9"
@@ -83,7 +82,7 @@ def test_the_latest_has_the_most_steps(folder):
 
 
 @pytest.mark.parametrize("damage", ["no marker", "half a marker", "a file is missing", "a file is cut", "empty"])
-def test_an_incomplete_checkpoint_is_not_taken_and_is_removed_if_it_never_was_complete(damage, folder):
+def test_incomplete_checkpoint_is_not_used_and_removed_if_it_never_was_complete(damage, folder):
     checkpoint = folder / "checkpoint-12"
     if damage == "no marker":
         (checkpoint / MARKER).unlink()
@@ -105,7 +104,7 @@ def test_an_incomplete_checkpoint_is_not_taken_and_is_removed_if_it_never_was_co
     )
 
 
-def test_other_folders_are_left_alone(folder):
+def test_other_folders_stay(folder):
     for name in ("checkpoint-last", "checkpoint-", "old-checkpoint-9"):
         (folder / name).mkdir()
     (folder / "checkpoint-99").write_text("a file")
@@ -116,44 +115,42 @@ def test_other_folders_are_left_alone(folder):
     assert remove_incomplete_checkpoints(folder / "missing") == []
 
 
-@pytest.mark.parametrize(
-    ("limit", "save_total_limit", "kept"),
-    [(None, 2, {9, 12}), (1, 3, {12}), (None, None, {3, 6, 9, 12}), (None, 0, {3, 6, 9, 12})],
-)
-def test_older_checkpoints_are_deleted(limit, save_total_limit, kept, tmp_path):
-    callback = CompleteCheckpointCallback(limit)
-    tiny_trainer(tmp_path, [callback], max_steps=12, save_total_limit=save_total_limit).train()
+@pytest.mark.parametrize(("limit", "kept"), [(2, {9, 12}), (None, {3, 6, 9, 12}), (0, {3, 6, 9, 12})])
+def test_older_checkpoints_are_deleted(limit, kept, tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=12, save_total_limit=limit)
+    trainer.train()
     assert names(tmp_path) == {f"checkpoint-{step}" for step in kept}
+    assert trainer.args.save_total_limit == limit
 
 
-def test_the_best_checkpoint_is_kept(tmp_path):
+def test_best_checkpoint_is_kept(tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = tiny_trainer(tmp_path, [CompleteCheckpointCallback(1)], max_steps=12, **best)
+    trainer = tiny_trainer(tmp_path, max_steps=12, save_total_limit=1, **best)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint).name
     assert best != "checkpoint-12"
     assert names(tmp_path) == {best, "checkpoint-12"}
 
 
-def test_the_older_go_only_when_the_new_is_complete(tmp_path, monkeypatch):
-    remove, seen = checkpoints._remove, []
+def test_older_checkpoints_stay_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    seen = []
 
     def record(checkpoint):
         seen.append((checkpoint.name, latest_complete_checkpoint(tmp_path).name))
-        remove(checkpoint)
+        remove_checkpoint(checkpoint)
 
-    monkeypatch.setattr(checkpoints, "_remove", record)
-    tiny_trainer(tmp_path, [CompleteCheckpointCallback()], max_steps=9, save_total_limit=1).train()
+    monkeypatch.setattr(checkpoints, "remove_checkpoint", record)
+    tiny_trainer(tmp_path, max_steps=9, save_total_limit=1).train()
     assert seen == [("checkpoint-3", "checkpoint-6"), ("checkpoint-6", "checkpoint-9")]
 
 
-def test_what_is_being_deleted_is_not_complete(folder, monkeypatch):
+def test_half_deleted_checkpoint_is_not_complete(folder, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda checkpoint: None)
-    checkpoints._remove(folder / "checkpoint-12")
+    remove_checkpoint(folder / "checkpoint-12")
     assert not is_complete(folder / "checkpoint-12")
 
 
-def test_a_checkpoint_is_written_again_from_nothing(folder, monkeypatch):
+def test_checkpoint_is_written_again_from_nothing(folder, monkeypatch):
     (folder / "checkpoint-6" / "stale.txt").write_text("from a training that was killed")
     save, complete = Trainer._save, []
 
@@ -162,33 +159,24 @@ def test_a_checkpoint_is_written_again_from_nothing(folder, monkeypatch):
         save(trainer, output, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "_save", record)
-    tiny_trainer(folder, [CompleteCheckpointCallback(1)], max_steps=9).train(
-        resume_from_checkpoint=str(folder / "checkpoint-3")
-    )
-    # While it is written, it does not count as complete.
+    tiny_trainer(folder, max_steps=9, save_total_limit=1).train(resume_from_checkpoint=folder / "checkpoint-3")
     assert complete == [False, False]
-    # The one of 12 steps is not older.
+    # The checkpoint of 12 steps is not an older one.
     assert names(folder) == {"checkpoint-9", "checkpoint-12"}
     assert not (folder / "checkpoint-9" / "stale.txt").exists()
 
 
-def test_saving_the_best_alone(tmp_path):
-    stale = tmp_path / "checkpoint-3"
-    stale.mkdir()
-    (stale / "stale.txt").write_text("from a training that was killed")
+def test_save_strategy_best_marks_its_checkpoints(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "stale.txt").write_text("from a training that was killed")
     best = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": True}
-    tiny_trainer(tmp_path, [CompleteCheckpointCallback()], max_steps=6, **best).train()
+    tiny_trainer(tmp_path, max_steps=6, **best).train()
     assert latest_complete_checkpoint(tmp_path) is not None
-    assert not (stale / "stale.txt").exists()
+    assert not (tmp_path / "checkpoint-3" / "stale.txt").exists()
 
 
-def test_a_limit_out_of_range():
-    with pytest.raises(ValueError, match="total_limit must be at least 1, or None to keep all checkpoints, got 0"):
-        CompleteCheckpointCallback(0)
-
-
-class Evaluations(TrainerCallback):
-    """Keeps torch's random state before and after the first evaluation; given before a [`RandomStateCallback`]."""
+class RandomStates(TrainerCallback):
+    """Keeps torch's random state before and after the first evaluation."""
 
     def __init__(self):
         self.states = []
@@ -197,37 +185,44 @@ class Evaluations(TrainerCallback):
         if control.should_evaluate:
             self.states.append(torch.get_rng_state())
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, **kwargs):
         self.states.append(torch.get_rng_state())
 
 
-def test_an_evaluation_draws_from_no_random_numbers_of_the_training(tmp_path):
-    drawn = Evaluations()
-    tiny_trainer(tmp_path, [drawn], max_steps=3).train()
-    before, after = drawn.states
-    assert not torch.equal(before, after)
-
-    kept = Evaluations()
-    trainer = tiny_trainer(tmp_path, [RandomStateCallback(), kept], max_steps=3)
+def test_evaluation_does_not_change_the_random_numbers_of_the_training(tmp_path):
+    states = RandomStates()
+    trainer = tiny_trainer(tmp_path, callbacks=[states], max_steps=3)
     trainer.train()
-    before, after = kept.states
-    assert torch.equal(before, after)
-    # One that the training did not schedule is none of its business.
-    torch.manual_seed(1234)
+    assert torch.equal(*states.states)
+    # An evaluation that the training did not start changes them.
+    before = torch.get_rng_state()
     trainer.evaluate()
-    assert torch.initial_seed() == 1234
+    assert not torch.equal(before, torch.get_rng_state())
 
 
-def test_resuming_where_the_training_ended_trains_nothing(trained, tmp_path):
-    trainer = tiny_trainer(tmp_path, [], max_steps=9)
-    resume_training(trainer, trained / "checkpoint-9")
-    assert trainer.state.global_step == 9
-    assert not list(tmp_path.glob("checkpoint-*"))
-    # The trainer is as it was.
+def test_resume_after_the_last_step_gives_the_final_model(trained, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: steps.append(1))
+    trainer = tiny_trainer(tmp_path, max_steps=9)
+    trainer.train(resume_from_checkpoint=trained / "checkpoint-9")
+    assert trainer.state.global_step == 9 and not steps and not names(tmp_path)
+    assert same_tensors(trainer.model.state_dict(), load_file(trained / "checkpoint-9" / "model.safetensors"))
+    # The trainer can go on as usual.
     assert len(trainer.get_train_dataloader()) == 6
 
 
-def test_resuming_from_nothing_starts(tmp_path):
-    trainer = tiny_trainer(tmp_path, [], max_steps=1)
-    resume_training(trainer, None)
+def test_resume_true_takes_the_latest_complete_checkpoint(folder):
+    (folder / "checkpoint-12" / MARKER).unlink()
+    trainer = tiny_trainer(folder, max_steps=12)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12 and is_complete(folder / "checkpoint-12")
+
+
+def test_resume_true_without_a_complete_checkpoint_starts_from_the_beginning(folder):
+    for path in folder.glob("*/complete.json"):
+        path.unlink()
+    trainer = tiny_trainer(folder, max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1
+    # They may be those of a stock Trainer.
+    assert names(folder) >= {"checkpoint-3", "checkpoint-12"}

@@ -1,15 +1,12 @@
-"""The loss: cross entropy of soft and hard targets, as a mean over the images of the whole batch."""
+"""Losses: means over the images of the whole batch, of every kind of target."""
 
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
-from transformers import Trainer, TrainingArguments
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, one_hot
 
-from dart_hf import DartConfig, DartForImageClassification
-from dart_hf.training.losses import soft_target_cross_entropy
+from dart_hf.training import mean_squared_error, multi_label_cross_entropy, soft_target_cross_entropy
 
 CLASSES = 3
-NUM_IMAGES = 12
 
 
 @pytest.fixture
@@ -73,98 +70,47 @@ def test_labels_must_suit_the_logits(logits, soft):
         soft_target_cross_entropy({"logits": logits}, torch.ones(8))
 
 
-def tiny_dart():
-    torch.manual_seed(0)
-    config = DartConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        initializer_range=0.2,
-        image_size=16,
-        patch_size=8,
-        num_patches=4,
-        score_grid_size=4,
-        scorer="conv",
-        # Whatever a scorer in training does depends on how images are put into batches.
-        partition="uniform",
-        num_labels=CLASSES,
-    )
-    return DartForImageClassification(config)
+@pytest.fixture
+def several():
+    """Multi-label targets."""
+    return torch.randint(2, (8, CLASSES), generator=torch.Generator().manual_seed(5)).float()
 
 
-def rows(labels):
-    images = torch.randn(NUM_IMAGES, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    return [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
+def test_multi_label_loss_is_binary_cross_entropy(logits, several):
+    expected = binary_cross_entropy_with_logits(logits, several).item()
+    assert multi_label_cross_entropy({"logits": logits}, several).item() == pytest.approx(expected)
+    part = multi_label_cross_entropy({"logits": logits}, several, num_items_in_batch=24 * CLASSES)
+    assert part.item() == pytest.approx(expected / 3)
+    several[6:] = -100
+    expected = binary_cross_entropy_with_logits(logits[:6], several[:6]).item()
+    assert multi_label_cross_entropy({"logits": logits}, several).item() == pytest.approx(expected)
 
 
-def train(labels, folder, batch_size=8, accumulation=1):
-    """A `Trainer` after an epoch of 12 images."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=1,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        # Plain steps, which show the scale of a gradient.
-        optim="sgd",
-        learning_rate=1.0,
-        max_grad_norm=0,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = Trainer(tiny_dart(), arguments, train_dataset=rows(labels), compute_loss_func=soft_target_cross_entropy)
-    # transformers before 5.6 lets accelerate divide by the number of accumulated batches once more.
-    trainer.accelerator.gradient_accumulation_steps = 1
-    trainer.train()
-    return trainer
+@pytest.mark.parametrize("flat", [True, False])
+def test_regression_loss_is_the_mean_squared_error(logits, flat):
+    logits, targets = (logits[:, :1], torch.randn(8)) if flat else (logits, torch.randn(8, CLASSES))
+    expected = mse_loss(logits[:, 0] if flat else logits, targets).item()
+    assert mean_squared_error({"logits": logits}, targets).item() == pytest.approx(expected)
+    part = mean_squared_error({"logits": logits}, targets, num_items_in_batch=3 * targets.numel())
+    assert part.item() == pytest.approx(expected / 3)
 
 
-HARD = torch.arange(NUM_IMAGES) % CLASSES
-SOFT = torch.rand(NUM_IMAGES, CLASSES, generator=torch.Generator().manual_seed(4)).mul(4).softmax(dim=1)
+def test_unreadable_image_of_a_regression_gives_no_gradient(logits):
+    logits = logits[:, :1].clone().requires_grad_()
+    targets = torch.randn(8)
+    targets[2] = torch.nan
+    loss = mean_squared_error({"logits": logits}, targets)
+    readable = torch.arange(8) != 2
+    assert loss.item() == pytest.approx(mse_loss(logits[readable, 0], targets[readable]).item())
+    loss.backward()
+    assert logits.grad.isfinite().all() and logits.grad[2] == 0
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trainers after an epoch on soft and on hard targets."""
-    return {name: train(labels, tmp_path_factory.mktemp(name)) for name, labels in (("soft", SOFT), ("hard", HARD))}
-
-
-@pytest.mark.parametrize(("whole", "part", "accumulation"), [(8, 2, 4), (12, 5, 3)], ids=["8+4", "5+5+2"])
-@pytest.mark.parametrize("labels", [SOFT, HARD], ids=["soft", "hard"])
-def test_accumulated_steps_are_those_of_whole_batches(labels, whole, part, accumulation, tmp_path):
-    expected = train(labels, tmp_path, whole).model.state_dict()
-    for name, weights in train(labels, tmp_path, part, accumulation).model.state_dict().items():
-        torch.testing.assert_close(weights, expected[name], atol=1e-6, rtol=0, msg=name)
-
-
-@pytest.mark.parametrize("labels", [SOFT, HARD], ids=["soft", "hard"])
-def test_a_step_follows_the_mean_over_the_images(labels, tmp_path):
-    model = tiny_dart().train()
-    cross_entropy(model(torch.stack([row["pixel_values"] for row in rows(labels)])).logits, labels).backward()
-    trained = train(labels, tmp_path, NUM_IMAGES).model.classifier.weight
-    torch.testing.assert_close(trained, model.classifier.weight - model.classifier.weight.grad, atol=1e-6, rtol=0)
-
-
-def test_soft_targets_teach_something_else(trained):
-    soft, hard = (trained[kind].model.classifier.weight for kind in ("soft", "hard"))
-    assert (soft - hard).abs().max() > 0.01
-
-
-def test_evaluation_on_class_indices(trained):
-    trainer = trained["soft"]
-    trainer.args.per_device_eval_batch_size = NUM_IMAGES
-    data = rows(HARD)
-    with torch.no_grad():
-        logits = trainer.model.eval()(torch.stack([row["pixel_values"] for row in data])).logits
-    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(cross_entropy(logits, HARD).item(), rel=1e-5)
-
-
-def test_the_models_own_loss_takes_float_labels_for_several_answers():
-    model = tiny_dart().eval()
-    pixel_values = torch.stack([row["pixel_values"] for row in rows(SOFT)])
-    outputs = model(pixel_values, labels=SOFT)
-    assert outputs.loss.item() == pytest.approx(binary_cross_entropy_with_logits(outputs.logits, SOFT).item())
-    assert outputs.loss.item() != pytest.approx(soft_target_cross_entropy(outputs, SOFT).item(), rel=0.05)
+def test_labels_must_suit_the_task(logits):
+    for loss in (multi_label_cross_entropy, mean_squared_error):
+        with pytest.raises(ValueError, match="must have labels, got none"):
+            loss({"logits": logits}, None)
+        with pytest.raises(ValueError, match=r"floating point of shape \(8, 3\), got \(8, 2\)"):
+            loss({"logits": logits}, torch.ones(8, 2))
+    with pytest.raises(ValueError, match=r"for multi-label classification .* got \(8, 3\) in torch.int64"):
+        multi_label_cross_entropy({"logits": logits}, torch.ones(8, 3).long())

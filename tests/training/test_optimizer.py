@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers.tiny_training import tiny_trainer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from dart_hf import (
     DartConfig,
@@ -13,7 +14,7 @@ from dart_hf import (
     DartVimConfig,
     DartVimForImageClassification,
 )
-from dart_hf.training.optimizer import layerwise_optimizer, parameter_groups
+from dart_hf.training import Recipe, parameter_groups
 
 LEARNING_RATE = 0.1
 WEIGHT_DECAY = 0.05
@@ -102,7 +103,7 @@ def test_the_distillation_token_and_head():
     assert groups["depth_3"] == {"classifier.weight", "distillation_classifier.weight"}
 
 
-def test_a_model_without_a_head():
+def test_model_without_a_head():
     groups = grouped(tiny_dart().dart)
     assert groups["depth_3_no_decay"] == {"layernorm.weight", "layernorm.bias"}
     assert "layers.1.mlp.fc1.weight" in groups["depth_2"]
@@ -170,7 +171,7 @@ def test_arguments_out_of_range():
 
 
 class LearningRates(TrainerCallback):
-    """Keeps the learning rates of all groups, and the logged one, per step."""
+    """Keeps the learning rates of all groups, and the logged one, for each step."""
 
     def __init__(self):
         self.groups, self.logged = [], []
@@ -183,31 +184,14 @@ class LearningRates(TrainerCallback):
             self.logged.append(logs["learning_rate"])
 
 
-def train(folder, **arguments):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **arguments,
-    )
+RATES = Recipe(layer_decay=0.5, scorer_learning_rate=1e-3)
+
+
+def train(folder, recipe=RATES, **arguments):
     rates = LearningRates()
-    trainer = Trainer(
-        tiny_dart(),
-        arguments,
-        train_dataset=[
-            {"pixel_values": torch.rand(3, 16, 16), "labels": torch.tensor(label)} for label in (0, 1, 2, 0)
-        ],
-        optimizer_cls_and_kwargs=layerwise_optimizer(arguments, layer_decay=0.5, scorer_learning_rate=1e-3),
-        callbacks=[rates],
-    )
+    settings = {"max_steps": 4, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "linear", "logging_steps": 1}
+    settings |= {"save_strategy": "no", "eval_strategy": "no", **arguments}
+    trainer = tiny_trainer(folder, recipe, [rates], **settings)
     trainer.train()
     return trainer, rates
 
@@ -226,16 +210,26 @@ def test_trainer_schedules_every_group(tmp_path):
     assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.999)
 
 
-def test_trainer_keeps_its_choice_of_optimizer(tmp_path):
+def test_trainer_keeps_the_choice_of_optimizer(tmp_path):
     trainer, _ = train(tmp_path, optim="sgd")
     assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
     assert len(trainer.optimizer.param_groups) == 10
 
 
-def test_an_optimizer_that_groups_for_itself_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args, model: (torch.optim.SGD, {"params": []}))
+def test_optimizer_of_the_user_replaces_ours(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.5})
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.5}
+
+
+def test_optimizer_that_groups_by_itself_is_refused_only_with_rates_of_ours(tmp_path, monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    answer = (torch.optim.SGD, {"params": [weight], "lr": 0.5})
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args, model=None: answer))
     with pytest.raises(ValueError, match="optim='sgd' groups the parameters itself"):
-        train(tmp_path, optim="sgd")
+        tiny_trainer(tmp_path, RATES, optim="sgd").create_optimizer()
+    (group,) = tiny_trainer(tmp_path, optim="sgd").create_optimizer().param_groups
+    assert group["params"] == [weight]
 
 
 def test_the_depths_of_a_vision_mamba():

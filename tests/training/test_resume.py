@@ -1,4 +1,4 @@
-"""A training that is killed, anywhere and again and again, ends with the weights of one that is not, bit for bit."""
+"""A training that is killed anywhere, again and again, ends with the weights of one that is not, bit for bit."""
 
 import gc
 import itertools
@@ -17,49 +17,41 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.tiny_training import TINY, same_tensors, tiny_pictures, tiny_trainer
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerState
 
-from dart_hf.training import checkpoints
-from dart_hf.training import ema as averaging
-from dart_hf.training.checkpoints import (
-    MARKER,
-    CompleteCheckpointCallback,
-    RandomStateCallback,
-    latest_complete_checkpoint,
-    remove_incomplete_checkpoints,
-    resume_training,
-)
-from dart_hf.training.command import SETTINGS_FILE, parse_settings, run_training
-from dart_hf.training.ema import EMA_FILE, EmaCallback
+from dart_hf.training import Recipe, checkpoints, ema
+from dart_hf.training import trainer as trainer_module
+from dart_hf.training.checkpoints import MARKER, latest_complete_checkpoint
+from dart_hf.training.ema import EMA_FILE
+from dart_hf.training.output_folder import SETTINGS_FILE
+from dart_hf.training.run import run_training
+from dart_hf.training.settings import parse_settings
 
 WEIGHTS = "model.safetensors"
 RANDOM_KILLS = 14
 
-# --- trainings that are killed ----------------------------------------------------------------------------------------
+# Trainings that are killed ----------------------------------------------------------------------------------------
 
-# Each goes on from what is in its folder and at last writes its weights there, to `model.safetensors`. It keeps two
-# checkpoints, so that others must be deleted.
+# Each goes on from the contents of its folder, and writes its final weights there, to `model.safetensors`. It keeps two
+# checkpoints, so others must be deleted.
 Training = Callable[[Path], None]
 
 
-def train_with_stock_trainer(output: Path) -> None:
+def train_with_trainer(output: Path) -> None:
     trainer = tiny_trainer(
         output,
-        [RandomStateCallback(), EmaCallback(), CompleteCheckpointCallback()],
+        Recipe(ema_decay=0.99996),
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="loss",
     )
-    remove_incomplete_checkpoints(output)
-    resume_training(trainer, latest_complete_checkpoint(output))
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
 
 
-def train_with_the_command(output: Path) -> None:
+def train_with_command(output: Path) -> None:
     settings = {
         "data": str(output.parent / "pictures"),
         "preset": "tiny",
@@ -89,9 +81,6 @@ def train_with_the_command(output: Path) -> None:
     run_training(parse_settings(arguments), say=lambda line: None)
 
 
-TRAININGS: list[Training] = [train_with_stock_trainer, train_with_the_command]
-
-
 def write_pictures(folder: Path) -> None:
     for split, count in (("train", 22), ("test", 6)):
         for number, row in enumerate(tiny_pictures(count)):
@@ -99,12 +88,12 @@ def write_pictures(folder: Path) -> None:
             row["image"].save(folder / split / str(row["label"]) / f"{number}.png")
 
 
-# --- how they are killed ----------------------------------------------------------------------------------------------
+# Kills ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The call of a function: where, its name, with which arguments, and what it leaves behind when it is cut short."""
+    """A call of a function, and the damage that it leaves when it is killed."""
 
     owner: Any
     function: str
@@ -113,7 +102,7 @@ class Moment:
 
 
 def _becomes(name: str) -> Callable[..., bool]:
-    """Whether the second argument, a path, has this name."""
+    """A condition: the second argument, a path, has this name."""
     return lambda _, path, *__, **___: Path(path).name == name
 
 
@@ -138,19 +127,19 @@ MOMENTS = {
     "after model.safetensors": Moment(Trainer, "_save_optimizer_and_scheduler"),
     "in optimizer.pt": Moment(torch, "save", _becomes("optimizer.pt"), _half_a_file),
     "before trainer_state.json": Moment(TrainerState, "save_to_json"),
-    "in ema.safetensors": Moment(averaging, "save_model", damage=_half_a_file),
+    "in ema.safetensors": Moment(ema, "save_model", damage=_half_a_file),
     "after ema.safetensors": Moment(os, "replace", _becomes(EMA_FILE)),
-    "before the marker": Moment(checkpoints, "_mark_complete"),
+    "before the marker": Moment(trainer_module, "mark_complete"),
     "in the marker": Moment(os, "replace", _becomes(MARKER)),
-    "before deleting": Moment(checkpoints, "_remove"),
+    "before deleting": Moment(checkpoints, "remove_checkpoint"),
     "in deleting": Moment(shutil, "rmtree", damage=_half_deleted),
 }
 
 
 def run_to_a_moment(train: Training, output: Path, moment: str | None = None) -> None:
-    """Train in this process, which dies when it comes to a moment for the second time: so that every run gets on."""
+    """Train in this process, which kills itself at the second time of a moment, so that every run makes progress."""
     torch.set_num_threads(1)
-    # `Trainer` collects garbage, which would copy all that this process shares with the one it was forked from.
+    # `Trainer` collects garbage, which would copy all memory that this process shares with its parent.
     gc.freeze()
     if moment is not None:
         deadly = MOMENTS[moment]
@@ -167,8 +156,8 @@ def run_to_a_moment(train: Training, output: Path, moment: str | None = None) ->
 
 
 def run_training_keeping_all(train: Training, output: Path) -> None:
-    """Train in this process, undisturbed, and without deleting a checkpoint."""
-    checkpoints._remove = lambda checkpoint: None
+    """Train in this process without a kill, and keep all checkpoints."""
+    checkpoints.remove_checkpoint = lambda checkpoint: None
     run_to_a_moment(train, output)
 
 
@@ -176,25 +165,30 @@ def run_training_keeping_all(train: Training, output: Path) -> None:
 def start():
     """Runs a function in a process of its own, in which everything has been imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "dart_hf.training.ema", "dart_hf.training.checkpoints", "dart_hf.training.command"]
-    )
+    context.set_forkserver_preload(["pytest", "dart_hf.training.run"])
 
     def start(function: Callable[..., None], *args: Any) -> multiprocessing.Process:
         process = context.Process(target=function, args=args, daemon=True)
         process.start()
         return process
 
-    # The first waits for the imports.
+    # The first process waits for the imports.
     start(os.getpid).join()
     return start
 
 
-# --- what becomes of them ---------------------------------------------------------------------------------------------
+EVERY_KILL = [*MOMENTS, *[None] * RANDOM_KILLS]
 
 
-@pytest.mark.parametrize("train", TRAININGS)
-def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
+@pytest.mark.parametrize(
+    ("train", "kills"),
+    [
+        pytest.param(train_with_command, ["in ema.safetensors", "in deleting"], id="command, two kills"),
+        pytest.param(train_with_trainer, EVERY_KILL, id="trainer, every kill", marks=pytest.mark.slow),
+        pytest.param(train_with_command, EVERY_KILL, id="command, every kill", marks=pytest.mark.slow),
+    ],
+)
+def test_kills_lose_no_checkpoint_and_change_no_weights(train, kills, start, tmp_path):
     write_pictures(tmp_path / "pictures")
     undisturbed = tmp_path / "undisturbed"
     started = time.monotonic()
@@ -205,7 +199,7 @@ def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
 
     outputs = (tmp_path / f"killed-{number}" for number in itertools.count())
     output, delays, steps = next(outputs), random.Random(0), -1
-    pending: list[str | None] = [*MOMENTS, *[None] * RANDOM_KILLS]
+    pending: list[str | None] = list(kills)
     num_runs = 0
     while pending:
         process = start(run_to_a_moment, train, output, pending[0])
@@ -214,13 +208,13 @@ def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
             process.kill()
         process.join()
         num_runs += 1
-        assert num_runs < 4 * (len(MOMENTS) + RANDOM_KILLS), f"no run reached {pending[0]!r}"
+        assert num_runs < 4 * len(EVERY_KILL), f"no run reached {pending[0]!r}"
 
         if process.exitcode == -signal.SIGKILL:
             pending.pop(0)
             steps = assert_kept(output, undisturbed, steps)
         else:
-            # It was done before its moment.
+            # It ended before its moment.
             assert process.exitcode == 0
             assert_same_result(output, undisturbed)
             shutil.rmtree(output)
@@ -233,7 +227,7 @@ def test_kills_lose_nothing_and_change_nothing(train, start, tmp_path):
 
 
 def assert_kept(output: Path, undisturbed: Path, steps: int) -> int:
-    """No checkpoint is lost, and the latest is the one that the undisturbed training had; returns its steps."""
+    """No checkpoint is lost, and the latest equals the undisturbed training's. Returns its steps."""
     checkpoint = latest_complete_checkpoint(output)
     if checkpoint is None:
         assert steps == -1
@@ -255,65 +249,68 @@ def assert_same_result(output: Path, undisturbed: Path) -> None:
     latest = latest_complete_checkpoint(output)
     assert latest.name == latest_complete_checkpoint(undisturbed).name
     assert_kept(output, undisturbed, 0)
-    # Two, and the best; nothing is left of what was broken off.
+    # Two and the best, and no unfinished file.
     assert 2 <= len(list(output.glob("checkpoint-*"))) <= 3
     assert not list(output.rglob("*.unfinished"))
 
 
-# --- resuming from every checkpoint -----------------------------------------------------------------------------------
+# Resuming from every checkpoint -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {},
-        {"gradient_accumulation_steps": 4, "max_steps": 5, "save_steps": 1},
         # The checkpoints at the ends of epochs are saved before their evaluation.
-        {"eval_strategy": "epoch"},
-        {"eval_on_start": True, "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.5},
+        pytest.param({"eval_strategy": "epoch", "max_steps": 8}, id="evaluation after saving"),
+        pytest.param({}, id="steps", marks=pytest.mark.slow),
+        pytest.param(
+            {"gradient_accumulation_steps": 4, "max_steps": 5, "save_steps": 1},
+            id="accumulation",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"eval_on_start": True, "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.5},
+            id="epochs",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["steps", "accumulation", "evaluation after saving", "epochs"],
 )
 def test_every_checkpoint_leads_to_the_same_weights(arguments, tmp_path):
-    def trainer(output):
-        callbacks = [RandomStateCallback(), EmaCallback(), CompleteCheckpointCallback()]
-        return tiny_trainer(output, callbacks, **arguments)
-
-    undisturbed = trainer(tmp_path / "undisturbed")
+    undisturbed = tiny_trainer(tmp_path / "undisturbed", Recipe(ema_decay=0.9), **arguments)
     undisturbed.train()
     found = sorted((tmp_path / "undisturbed").glob("checkpoint-*"))
     assert len(found) >= 2
     for checkpoint in found:
         output = tmp_path / f"from-{checkpoint.name}"
         shutil.copytree(checkpoint, output / checkpoint.name)
-        resumed = trainer(output)
-        resume_training(resumed, output / checkpoint.name)
+        resumed = tiny_trainer(output, Recipe(ema_decay=0.9), **arguments)
+        resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == undisturbed.state.global_step
         assert same_tensors(resumed.model.state_dict(), undisturbed.model.state_dict()), checkpoint.name
 
 
-# --- more than one process --------------------------------------------------------------------------------------------
+# Two processes ----------------------------------------------------------------------------------------------------
 
 
 def train_as_process(rank: int, port: int, output: Path, checkpoint: Path | None) -> None:
-    """Train as one of two processes; the second is slow to write. Each writes the weights that it ends with."""
+    """Train as one of two processes; the second is slow to write. Each writes its final weights."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port))
     if rank == 1:
         save = Trainer._save_rng_state
         Trainer._save_rng_state = lambda trainer, folder: (time.sleep(0.3), save(trainer, folder))
-    callbacks = [RandomStateCallback(), EmaCallback(0.8, resume_from=checkpoint), CompleteCheckpointCallback()]
-    trainer = tiny_trainer(output, callbacks, ddp_backend="gloo", per_device_train_batch_size=2, max_steps=9)
-    resume_training(trainer, checkpoint)
+    trainer = tiny_trainer(
+        output, Recipe(ema_decay=0.8), ddp_backend="gloo", per_device_train_batch_size=2, max_steps=9
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_file(trainer.model.state_dict(), output / f"process-{rank}.safetensors")
 
 
-@pytest.fixture(scope="module")
-def train_as_two(start):
-    """Runs a training in two processes, and gives the weights that both of them end with."""
-
+@pytest.mark.slow
+def test_two_processes_keep_one_average_wait_for_each_other_and_resume(start, tmp_path):
     def train(output, checkpoint=None):
+        output.mkdir()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -325,27 +322,10 @@ def train_as_two(start):
         assert same_tensors(first, second)
         return first
 
-    return train
-
-
-@pytest.fixture(scope="module")
-def trained_as_two(train_as_two, tmp_path_factory):
-    """The folder and the final weights of such a training."""
-    output = tmp_path_factory.mktemp("two-processes")
-    return output, train_as_two(output)
-
-
-def test_two_processes_keep_the_same_average_and_wait_for_each_other(trained_as_two):
-    output, weights = trained_as_two
-    assert same_tensors(weights, load_file(output / "checkpoint-9" / EMA_FILE))
+    whole = train(tmp_path / "whole")
+    assert same_tensors(whole, load_file(tmp_path / "whole" / "checkpoint-9" / EMA_FILE))
     for step in (3, 6, 9):
-        files = json.loads((output / f"checkpoint-{step}" / MARKER).read_text())["files"]
+        files = json.loads((tmp_path / "whole" / f"checkpoint-{step}" / MARKER).read_text())["files"]
         assert files.keys() > {"rng_state_0.pth", "rng_state_1.pth", EMA_FILE}
-
-
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"), reason="transformers cannot resume several processes on a CPU"
-)
-def test_two_processes_resume_in_the_middle_of_an_epoch(train_as_two, trained_as_two, tmp_path):
-    output, weights = trained_as_two
-    assert same_tensors(train_as_two(tmp_path, output / "checkpoint-3"), weights)
+    # Step 3 is in the middle of an epoch.
+    assert same_tensors(train(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3"), whole)

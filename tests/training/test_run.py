@@ -1,0 +1,401 @@
+"""A run of `dart-hf train`: a model in a folder, again after a kill, and one sentence for each mistake."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.train_command import CONFIG, SIDE, SMALL, command, sentence, train
+from PIL import Image
+from safetensors.torch import load_file
+
+from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
+from dart_hf.data import load_image_data, select_held_out
+from dart_hf.hub.loading import load_model
+from dart_hf.training import DartTrainer
+from dart_hf.training.run import run_training
+from dart_hf.training.settings import parse_settings
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_image_classification.py"
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> tuple[Path, dict]:
+    """A short training with most of the recipe, and its facts."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "config.json").write_text(json.dumps({**CONFIG, "ema_decay": 0.95, "layer_decay": 0.9}))
+    facts = train(
+        "--config", root / "config.json", "--data", digits, "--output", root / "out", "--num-train-epochs", 4,
+        "--crop-scale", 0.7, "--label-smoothing-factor", 0.05,
+    )  # fmt: skip
+    return root / "out", facts
+
+
+def test_output_is_a_model_with_everything(trained, digits):
+    out, facts = trained
+    model, processor = load_model(out)
+    assert model.config.id2label == {index: str(index) for index in range(10)}
+    assert processor.crop_size.height == SIDE
+    assert (out / "modeling_dart.py").is_file()
+    assert json.loads((out / "training.json").read_text()) == facts
+    assert facts["data"]["num_train_images"] == 160
+    assert facts["data"]["evaluation_split"] == "test"
+    assert facts["steps"] == 20
+    assert not list(out.glob(".*unfinished*"))
+    assert not (out / "held_out.json").exists()
+    assert len(list(out.glob("checkpoint-*"))) == 2
+
+
+def test_average_that_was_evaluated_is_saved(trained):
+    out, facts = trained
+    last = out / "checkpoint-20"
+    saved, average, raw = (load_file(path) for path in (
+        out / "model.safetensors", last / "ema.safetensors", last / "model.safetensors"
+    ))  # fmt: skip
+    assert all(torch.equal(saved[name], average[name]) for name in saved)
+    assert not torch.equal(saved["classifier.weight"], raw["classifier.weight"])
+    state = json.loads((last / "trainer_state.json").read_text())
+    accuracies = [entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry]
+    assert accuracies[-1] == facts["metrics"]["eval_accuracy"]
+
+
+def test_the_command_reports(few, config, tmp_path):
+    result = command("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 2)
+    assert result.exit_code == 0
+    assert "3 classes: 10 images to learn from, 2 images to evaluate (held out of them)" in result.stdout
+    assert f"Wrote {tmp_path / 'out'}" in result.stdout
+
+
+@pytest.mark.parametrize("held_out", [0.1, pytest.param(0.25, marks=pytest.mark.slow)])
+def test_resumed_run_ends_with_the_same_weights(few, config, tmp_path, held_out):
+    arguments = ["--data", few, "--config", config, "--save-strategy", "steps", "--save-steps", 2, "--ema-decay", 0.9]
+    arguments += ["--per-device-train-batch-size", 4, "--drop-path-rate", 0.2, "--horizontal-flip", 0.5, "--mixup", 0.5]
+    arguments += ["--repeated-augmentation", 2, "--save-total-limit", 10]
+    # With ten pictures to learn from, the last batch of an epoch has two; with nine, one.
+    arguments += ["--held-out", held_out]
+    train(*arguments, "--output", tmp_path / "whole", "--num-train-epochs", 4)
+    broken = tmp_path / "broken"
+    train(*arguments, "--output", broken, "--num-train-epochs", 4)
+    # As if killed in the third epoch of three steps each, while it wrote checkpoint-8.
+    for path in broken.iterdir():
+        if path.name not in ("train_settings.json", "checkpoint-6"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert (broken / "checkpoint-6" / "complete.json").exists()
+    (broken / "checkpoint-8").mkdir()
+    (broken / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    train("--output", broken, "--resume")
+    assert same_weights(tmp_path / "whole", broken)
+
+
+def test_resume_without_a_run(tmp_path):
+    assert "holds no training to go on with" in sentence(command("--output", tmp_path / "out", "--resume"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_in_use_stays_unchanged(trained, digits, config):
+    before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
+    assert "is not empty; give a new one" in sentence(
+        command("--config", config, "--data", digits, "--output", trained[0])
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in trained[0].rglob("*")}
+
+
+def test_checkpoints_of_another_program_stay(few, config, tmp_path):
+    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
+    arguments = ["--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1]
+    assert "is not empty; give a new one" in sentence(command(*arguments))
+    assert (tmp_path / "out" / "checkpoint-7").exists()
+
+
+def test_mistake_leaves_no_folder(few, config, tmp_path):
+    arguments = ["--data", few, "--output", tmp_path / "out", "--max-steps", 1]
+    assert "Give either model" in sentence(command(*arguments))
+    assert not (tmp_path / "out").exists()
+    train(*arguments, "--config", config)
+
+
+def test_resumed_stream_ends_with_the_same_weights(few, config, tmp_path):
+    arguments = ["--config", config, "--data", few, "--streaming", "--per-device-train-batch-size", 4]
+    assert "streaming: a stream has no length" in sentence(command(*arguments, "--output", tmp_path / "out"))
+    arguments += ["--max-steps", 8, "--save-strategy", "steps", "--save-steps", 5, "--horizontal-flip", 0.5]
+    facts = train(*arguments, "--output", tmp_path / "whole")
+    assert facts["steps"] == 8
+    assert facts["data"]["num_train_images"] is None
+    # Step 5 is in the second pass over twelve pictures.
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-8")
+    train("--output", tmp_path / "broken", "--resume")
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    "change", [["--num-patches", 4], ["--model-settings", "{}"], ["--class-names", "0", "1"], ["--image-size", 64]]
+)
+def test_resume_refuses_settings_of_the_model(trained, change):
+    assert "cannot change in the middle of a training" in sentence(command("--output", trained[0], "--resume", *change))
+
+
+def test_same_command_with_resume(few, digits_model, tmp_path, monkeypatch):
+    """Also where something is called as a download is, and with names that are relative to where the user is."""
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("photos", few), ("start", digits_model)):
+        shutil.copytree(source, name)
+    Path("imagenet").mkdir()
+    arguments = ["--data", "photos", "--model", "start", "--scorer-weights", "imagenet", "--max-steps", 2]
+    arguments += ["--save-strategy", "steps", "--save-steps", 1, "--output", "out", "--disable-tqdm", True]
+    train(*arguments)
+    before = load_file("out/model.safetensors")
+    shutil.rmtree("out/checkpoint-2")
+    facts = train(*arguments, "--resume")
+    after = load_file("out/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert facts["settings"]["scorer_weights"] == "imagenet"
+    assert facts["started_from"] == str(tmp_path / "start")
+    assert "cannot change" in sentence(command(*arguments, "--resume", "--model", few))
+
+
+def test_finished_run_without_checkpoints_does_not_begin_again(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert "has no complete checkpoint to go on from" in sentence(command("--output", tmp_path / "out", "--resume"))
+    assert load_model(tmp_path / "out")
+
+
+def test_checkpoint_that_lost_a_file_is_not_deleted(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        (checkpoint / "optimizer.pt").unlink()
+    assert "has no complete checkpoint to go on from" in sentence(command("--output", tmp_path / "out", "--resume"))
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-steps", 0], "There is nothing to train"),
+        (["--gradient-accumulation-steps", 0], "gradient_accumulation_steps must be at least 1"),
+        (["--reference-batch-size", 0], "reference_batch_size must be at least 1"),
+        (["--output-dir", "elsewhere"], "Use output for output_dir"),
+        (["--held-out", 1.5], "held_out must be at least 0 and below 1, got 1.5"),
+        (["--model-settings", '{"hidden_size": "abc"}'], "hidden_size"),
+        (["--remove-unused-columns"], "remove_unused_columns=True would take the images away"),
+    ],
+)
+def test_values_out_of_range(few, config, tmp_path, arguments, message):
+    base = ["--config", config, "--data", few, "--output", tmp_path / "out"]
+    assert message in sentence(command(*base, *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_in_yaml_as_people_write_them(few, tmp_path):
+    content = {**CONFIG, "data": str(few), "output": str(tmp_path / "out"), "max_steps": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content) + "eval_strategy: no\nsave_strategy: no\n")
+    train("--config", tmp_path / "config.yaml")
+    assert load_model(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_example_trains_exactly_as_the_command(few, config, tmp_path, monkeypatch):
+    arguments = [
+        "--data", few, "--num-train-epochs", 2, "--per-device-train-batch-size", 4, "--mixup", 0.8,
+        "--label-smoothing-factor", 0.1, "--ema-decay", 0.9, "--layer-decay", 0.8, "--auto-augment",
+        "rand-m9-mstd0.5-inc1", "--num-patches", 9,
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    start = DartForImageClassification(
+        DartConfig(**SMALL, image_size=SIDE, id2label={0: "0", 1: "1", 2: "2"}, label2id={"0": 0, "1": 1, "2": 2})
+    )
+    start.save_pretrained(tmp_path / "start")
+    DartImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(tmp_path / "start")
+    arguments += ["--model", tmp_path / "start"]
+    train(*arguments, "--output", tmp_path / "command")
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--output", str(tmp_path / "example")])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert same_weights(tmp_path / "command", tmp_path / "example")
+    trained = load_file(tmp_path / "command" / "model.safetensors")
+    assert not torch.equal(trained["classifier.weight"], start.classifier.weight)
+
+
+# Mistakes with images ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(few, tmp_path) -> Path:
+    shutil.copytree(few, tmp_path / "damaged")
+    victim = sorted((tmp_path / "damaged" / "1").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:60])
+    return tmp_path / "damaged"
+
+
+def test_damaged_images_in_a_stream_and_in_a_whole_batch(damaged, config, tmp_path):
+    arguments = ["--config", config, "--data", damaged, "--eval-strategy", "no", "--max-steps", 12]
+    arguments += ["--per-device-train-batch-size", 1, "--skip-unreadable", "--held-out", 0]
+    for name, more in (("stream", ["--streaming"]), ("mixed", ["--mixup", 0.5]), ("plain", [])):
+        facts = train(*arguments, *more, "--output", tmp_path / name)
+        assert facts["skipped_images"] == 1
+        assert load_file(tmp_path / name / "model.safetensors")["classifier.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_in_the_middle_of_an_epoch(damaged, config, tmp_path, workers):
+    arguments = ["--config", config, "--data", damaged, "--output", tmp_path / "out", "--num-train-epochs", 1]
+    arguments += ["--dataloader-num-workers", workers, "--held-out", 0, "--eval-strategy", "no"]
+    assert "cannot be read" in sentence(command(*arguments))
+    shutil.rmtree(tmp_path / "out")
+    result = command(*arguments, "--skip-unreadable")
+    assert result.exit_code == 0
+    assert "Images that could not be read were skipped 1 times" in result.stdout
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["skipped_images"] == 1
+
+
+def test_settings_reach_the_trainer(few, digits_model, tmp_path, monkeypatch):
+    found = []
+
+    def stop(trainer, checkpoint):
+        found.append(trainer)
+        raise InterruptedError
+
+    monkeypatch.setattr(DartTrainer, "train", stop)
+    with pytest.raises(InterruptedError):
+        train("--data", few, "--model", digits_model, "--output", tmp_path / "out", "--teacher", digits_model,
+              "--mixup", 0.4, "--repeated-augmentation", 4, "--ema-decay", 0.5, "--layer-decay", 0.5,
+              "--scorer-learning-rate", 1e-6, "--distillation", "hard", "--distillation-alpha", 0.3,
+              "--distillation-temperature", 3, "--reference-batch-size", 64, "--learning-rate", 0.1,
+              "--per-device-train-batch-size", 8, "--gradient-accumulation-steps", 2, "--skip-unreadable",
+              "--auto-augment", "rand-m3")  # fmt: skip
+    (trainer,) = found
+    assert trainer.args.learning_rate == pytest.approx(0.1 * 16 / 64)
+    assert trainer.train_dataset.repeats == 4
+    assert trainer.data_collator.skip_unreadable and trainer.data_collator.transform and trainer.data_collator.mix
+    loss = trainer._distillation
+    assert (loss.kind, loss.alpha, loss.temperature) == ("hard", 0.3, 3)
+    assert trainer.recipe.ema_decay == 0.5
+    rates = {round(group["lr"], 9) for group in trainer.create_optimizer().param_groups}
+    assert {1e-6, 0.025, 0.0125} <= rates
+
+
+# What a run records, and what it compares -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(few, tmp_path_factory) -> Path:
+    """A run of two steps on images of which it held some out, with its data beside it."""
+    root = tmp_path_factory.mktemp("short")
+    shutil.copytree(few, root / "photos")
+    (root / "config.json").write_text(json.dumps(CONFIG))
+    train("--config", root / "config.json", "--data", root / "photos", "--output", root / "out", "--max-steps", 2,
+          "--held-out", 0.25, "--save-strategy", "steps", "--save-steps", 1)  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def unfinished(short, tmp_path, monkeypatch) -> Path:
+    """That run as if killed after its first step, and a copy of its data; in the working folder."""
+    shutil.copytree(short / "photos", tmp_path / "photos")
+    shutil.copytree(short / "out", tmp_path / "out")
+    settings = tmp_path / "out" / "train_settings.json"
+    settings.write_text(settings.read_text().replace(str(short / "photos"), str(tmp_path / "photos")))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    (tmp_path / "out" / "config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_resume_takes_data_that_only_moved(unfinished):
+    train("--output", "out", "--resume")
+    assert (unfinished / "out" / "config.json").exists()
+
+
+def test_resume_refuses_renamed_classes(unfinished):
+    (unfinished / "photos" / "2").rename(unfinished / "photos" / "7")
+    assert "the data has the classes '0', '1', '7', and the training began with '0', '1', '2'" in sentence(
+        command("--output", "out", "--resume")
+    )
+
+
+@pytest.mark.parametrize("change", ["added", "replaced", "other class"])
+def test_resume_refuses_changed_images(unfinished, change):
+    image = sorted((unfinished / "photos" / "1").iterdir())[0]
+    if change == "added":
+        shutil.copy(image, image.with_name("another.png"))
+    elif change == "replaced":
+        image.write_bytes(image.read_bytes() + bytes(9))
+    else:
+        image.rename(unfinished / "photos" / "2" / "moved.png")
+    message = sentence(command("--output", "out", "--resume"))
+    assert "are not those that the training began with" in message or "to evaluate with or their labels" in message
+
+
+def test_resume_of_a_complete_run_says_so_and_changes_nothing(short):
+    before = {path: path.stat().st_mtime_ns for path in (short / "out").rglob("*")}
+    result = command("--output", short / "out", "--resume")
+    assert result.exit_code == 0
+    assert "is complete after 2 steps" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (short / "out").rglob("*")}
+
+
+def test_more_steps_train_a_complete_run_on(short, tmp_path):
+    shutil.copytree(short / "out", tmp_path / "out")
+    assert train("--output", tmp_path / "out", "--resume", "--max-steps", 3)["steps"] == 3
+
+
+def test_held_out_images_are_recorded_with_the_model(short, few):
+    record = json.loads((short / "out" / "held_out.json").read_text())
+    everything = load_image_data(few, held_out=0.0).train
+    held_out = load_image_data(few, held_out=0.25).evaluation
+    found = select_held_out(everything, record)
+    assert sorted(row["image"]["path"] for row in found) == sorted(row["image"]["path"] for row in held_out)
+
+
+def test_ctrl_c_says_how_to_resume(few, config, tmp_path, monkeypatch):
+    def interrupt(trainer, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DartTrainer, "training_step", interrupt)
+    lines = []
+    with pytest.raises(KeyboardInterrupt):
+        run_training(
+            parse_settings(
+                [str(each) for each in ("--config", config, "--data", few, "--output", tmp_path / "my out")]
+            ),
+            say=lines.append,
+        )
+    assert lines[-1].endswith(f"dart-hf train --output '{tmp_path / 'my out'}' --resume")
+
+
+@pytest.mark.parametrize("flag", ["--bf16-full-eval", "--fp16-full-eval"])
+def test_evaluation_in_half_precision_saves_full_weights(flag, few, config, tmp_path):
+    train("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1, flag)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("damage", ["cut", "float"])
+def test_unreadable_image_in_the_evaluation(few, config, tmp_path, damage):
+    """The trained model is saved first. The error names the file and an option that the command has."""
+    for split in ("train", "test"):
+        shutil.copytree(few, tmp_path / "photos" / split)
+    victim = tmp_path / "photos" / "test" / "1" / "damaged.tiff"
+    if damage == "cut":
+        victim.write_bytes(sorted((few / "1").iterdir())[0].read_bytes()[:60])
+    else:
+        Image.fromarray(np.random.default_rng(0).random((32, 32), dtype=np.float32)).save(victim)
+    arguments = ["--config", config, "--data", tmp_path / "photos", "--max-steps", 1, "--eval-strategy", "no"]
+    message = sentence(command(*arguments, "--output", tmp_path / "out"))
+    assert "damaged.tiff" in message and "--skip-unreadable" in message
+    assert load_model(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["metrics"] == {}
+    facts = train(*arguments, "--output", tmp_path / "skipped", "--skip-unreadable")
+    assert facts["skipped_images"] == 1 and "eval_accuracy" in facts["metrics"]
+    # A run whose evaluation failed is not complete.
+    resumed = train("--output", tmp_path / "out", "--resume", "--skip-unreadable")
+    assert resumed["metrics"] == facts["metrics"]
