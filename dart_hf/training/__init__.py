@@ -4,8 +4,8 @@ from dart_hf.data.augmentation import EpochCallback
 from dart_hf.data.batch_mixing import MixImages
 from dart_hf.data.collator import ImageClassificationCollator
 from dart_hf.data.image_augmentation import training_transform
+from dart_hf.data.image_data import load_image_data
 from dart_hf.data.seeded_rows import SeededRows, SeededStream
-from dart_hf.data.sources import load_image_data
 from dart_hf.evaluation.metrics import classification_accuracy
 from dart_hf.training.checkpoints import latest_complete_checkpoint
 from dart_hf.training.classifier import train_classifier

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
 
-from dart_hf.data.sources import ImageData
+from dart_hf.data.image_data import ImageData
 from dart_hf.files import absolute_source
 from dart_hf.training.settings import TrainingSettings
 

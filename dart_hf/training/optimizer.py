@@ -101,7 +101,7 @@ def parameter_groups(
     return groups
 
 
-def layerwise_optimizer(
+def build_optimizer(
     model: nn.Module, args: TrainingArguments, layer_decay: float = 1.0, scorer_learning_rate: float | None = None
 ) -> torch.optim.Optimizer | None:
     """The optimizer of `args.optim`, with its options, on [`parameter_groups`].

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from dart_hf.data.fingerprint import data_fingerprint
 from dart_hf.data.held_out import HELD_OUT_FILE, held_out_record
-from dart_hf.data.sources import ImageData
+from dart_hf.data.image_data import ImageData
 from dart_hf.files import atomic_write, move_model_files
 from dart_hf.training.checkpoints import MARKER, latest_complete_checkpoint
 

@@ -12,7 +12,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
 from dart_hf.data.batches import without_worker_traceback
-from dart_hf.data.sources import ImageData, load_image_data
+from dart_hf.data.class_table import class_table
+from dart_hf.data.image_data import ImageData, load_image_data
 from dart_hf.training.checkpoints import is_last, latest_complete_checkpoint, remove_incomplete_checkpoints
 from dart_hf.training.facts import summary, training_facts, with_metrics
 from dart_hf.training.output_folder import (
@@ -75,6 +76,8 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
         if own_settings(output) is not None:
             remove_incomplete_checkpoints(output)
         begin_run(output, settings.given, data)
+    for line in class_table(data):
+        report(line)
     report(summary(model, data))
     progress = None if arguments.disable_tqdm else progress_callback()
     trainer.show_progress(progress)
@@ -85,7 +88,8 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
         save_model(trainer, output, facts, data)
         report(f"Wrote {output}")
         if data.evaluation is not None:
-            facts = with_metrics(training_facts(settings, data, trainer), trainer.evaluate())
+            metrics = trainer.evaluate()
+            facts = with_metrics(training_facts(settings, data, trainer), metrics)
             if is_main:
                 write_facts(output, facts)
     if metric := metric_text(facts["metrics"]):

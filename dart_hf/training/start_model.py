@@ -15,8 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dart_hf import DartConfig, DartImageProcessor
 from dart_hf.conversion.vit import dart_from_vit
+from dart_hf.data.image_data import ImageData
 from dart_hf.data.labels import class_names, match_labels
-from dart_hf.data.sources import ImageData
 from dart_hf.hub.loading import load_config, load_dart_config, without_warnings
 from dart_hf.modeling.configuration_region import RegionConfig
 from dart_hf.presets import PRESETS, preset_config

@@ -31,7 +31,7 @@ from dart_hf.training.checkpoints import (
 from dart_hf.training.distillation import DistillationLoss
 from dart_hf.training.ema import WeightAverage, check_decay, load_average
 from dart_hf.training.losses import LOSSES
-from dart_hf.training.optimizer import layerwise_optimizer
+from dart_hf.training.optimizer import build_optimizer
 from dart_hf.training.recipe import Recipe
 from dart_hf.training.running_scores import RunningScoresCallback
 from dart_hf.training.teacher import Teacher
@@ -214,7 +214,7 @@ class DartTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self.optimizer = layerwise_optimizer(
+            self.optimizer = build_optimizer(
                 self.model if model is None else model,
                 self.args,
                 self.recipe.layer_decay,

@@ -374,7 +374,7 @@ def test_ctrl_c_says_how_to_resume(few, config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--bf16-full-eval", "--fp16-full-eval"])
 def test_evaluation_in_half_precision_saves_full_weights(flag, few, config, tmp_path):
-    train("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1, flag)
+    train("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1, "--use-cpu", flag)
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()} == {torch.float32}
 
