@@ -55,8 +55,6 @@ def features_of(split: Split) -> datasets.Features:
 
 def element_type(feature: Any) -> Any:
     """The type of the elements of a column of lists; None for another column."""
-    if isinstance(feature, list):
-        return feature[0]
     return getattr(feature, "feature", None)
 
 
