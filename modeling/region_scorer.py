@@ -1,7 +1,8 @@
 """Scorer: pixel values -> scores. A convolutional trunk, a head, and the standardisation of its logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ class RegionScorer(nn.Module):
         self.register_buffer("trunk_loaded", torch.tensor(0))
         self._trunk_checked = False
         self._built_on_meta = self.trunk_loaded.is_meta
+        self.register_load_state_dict_pre_hook(adopt_running_rule)
         self.set_frozen(config.scorer_frozen)
         # The model may be built in half precision: `_apply` raises it.
         self.to(self.head.fc1.weight.dtype)
@@ -164,6 +166,18 @@ class RegionScorer(nn.Module):
     def is_dead(self) -> bool:
         """True if the trunk is frozen and never got weights."""
         return bool(self.config.scorer_frozen) and self.trunk_loaded.item() == 0
+
+
+def adopt_running_rule(scorer: RegionScorer, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Turn "batch" to "running" when a model without running statistics is given some.
+
+    A training does the same to a converted model. What it trained may come without a configuration: a LoRA adapter has
+    the statistics, and nothing else tells that they are to be used.
+    """
+    tracked = [key for key in state_dict if key.startswith(f"{prefix}statistics.") and key.endswith("batches_tracked")]
+    new = not scorer.statistics.num_batches_tracked.is_meta and scorer.statistics.num_batches_tracked == 0
+    if scorer.config.score_normalization == "batch" and new and any(state_dict[key] > 0 for key in tracked):
+        scorer.config.score_normalization = "running"
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

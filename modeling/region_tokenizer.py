@@ -131,6 +131,7 @@ class PatchProjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size, num_channels, patch_size, patch_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size))
+        nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""

@@ -11,6 +11,7 @@ from dart_hf.training.checkpoints import latest_complete_checkpoint
 from dart_hf.training.classifier import train_classifier
 from dart_hf.training.distillation import DistillationLoss
 from dart_hf.training.ema import load_average
+from dart_hf.training.lora import lora_config
 from dart_hf.training.losses import mean_squared_error, multi_label_cross_entropy, soft_target_cross_entropy
 from dart_hf.training.optimizer import parameter_groups
 from dart_hf.training.recipe import Recipe
@@ -33,6 +34,7 @@ __all__ = [
     "latest_complete_checkpoint",
     "load_average",
     "load_image_data",
+    "lora_config",
     "mean_squared_error",
     "multi_label_cross_entropy",
     "parameter_groups",
