@@ -21,7 +21,11 @@ def evaluate(
     held_out: Annotated[
         float,
         typer.Option(
-            metavar="SHARE", min=0, max=0.99, help="Evaluate on the training images that train held out: 0.1 of them."
+            metavar="SHARE",
+            min=0,
+            max=0.99,
+            help="Evaluate on the images that 'train --held-out SHARE' held out. held_out.json in the model's folder "
+            "names them.",
         ),
     ] = 0.0,
     subset: Subset = None,
