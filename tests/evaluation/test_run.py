@@ -87,19 +87,6 @@ def test_no_score_rule_and_no_digest_are_invented(model, processor, photos, tmp_
     assert lines == list(table(results)) and lines[0].endswith("batch 32; equal regions")
 
 
-def test_failed_write_keeps_the_old_results(photos, saved, tmp_path, monkeypatch):
-    def fail(*given):
-        raise OSError("no space left")
-
-    output = tmp_path / "evaluation.json"
-    output.write_text("{}")
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space left"):
-        run_evaluation(saved, photos, limit=1, output=output, report=lambda line: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
-    assert output.read_text() == "{}"
-
-
 RESULTS = {
     "model": "some/darvit",
     "problem_type": "single_label_classification",
