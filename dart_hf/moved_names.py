@@ -16,7 +16,7 @@ from typing import Any
 # Old module -> name -> module that has it now.
 MOVED = {
     "dart_hf.augmentation": {
-        "EpochCallback": "dart_hf.data.augmentation",
+        "EpochCallback": "dart_hf.training",
         "MixImages": "dart_hf.data",
         "SeededRows": "dart_hf.data",
         "training_transform": "dart_hf.data",

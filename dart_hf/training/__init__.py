@@ -1,6 +1,5 @@
 """Training: `DartTrainer`, its recipe, and the pieces of both for a `Trainer` of your own."""
 
-from dart_hf.data.augmentation import EpochCallback
 from dart_hf.data.batch_mixing import MixImages
 from dart_hf.data.collator import ImageClassificationCollator
 from dart_hf.data.image_augmentation import training_transform
@@ -11,6 +10,7 @@ from dart_hf.training.checkpoints import latest_complete_checkpoint
 from dart_hf.training.classifier import train_classifier
 from dart_hf.training.distillation import DistillationLoss
 from dart_hf.training.ema import load_average
+from dart_hf.training.epoch_callback import EpochCallback
 from dart_hf.training.lora import lora_config
 from dart_hf.training.losses import mean_squared_error, multi_label_cross_entropy, soft_target_cross_entropy
 from dart_hf.training.optimizer import parameter_groups

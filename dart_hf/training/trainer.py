@@ -16,7 +16,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
-from dart_hf.data.augmentation import EpochCallback
 from dart_hf.data.collator import ImageClassificationCollator
 from dart_hf.data.seeded_rows import SeededRows, SeededStream
 from dart_hf.evaluation.metrics import compute_metrics_for
@@ -30,6 +29,7 @@ from dart_hf.training.checkpoints import (
 )
 from dart_hf.training.distillation import DistillationLoss
 from dart_hf.training.ema import WeightAverage, check_decay, load_average
+from dart_hf.training.epoch_callback import EpochCallback
 from dart_hf.training.losses import LOSSES
 from dart_hf.training.optimizer import build_optimizer
 from dart_hf.training.recipe import Recipe
