@@ -19,14 +19,17 @@ class Recipe:
     """
 
     auto_augment: str | None = field(
-        default=None, metadata={"help": "timm's policy, such as rand-m9-mstd0.5-inc1 (RandAugment as in DeiT)."}
+        default=None,
+        metadata={"help": "Augmentation policy of timm, such as rand-m9-mstd0.5-inc1 (RandAugment as in DeiT)."},
     )
     random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
     crop_scale: float | None = field(
         default=None,
-        metadata={"help": "Smallest share of the area in a random crop; 1 crops the largest central square."},
+        metadata={
+            "help": "Smallest area of a random crop, as a share of the image; 1 crops the largest central square."
+        },
     )
-    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of a mirror image."})
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring the image."})
     color_jitter: float = field(
         default=0.0, metadata={"help": "Strength of color jitter; has no effect with auto_augment."}
     )
@@ -38,10 +41,10 @@ class Recipe:
         metadata={"help": "Average the weights with this decay; the average is evaluated and saved (DeiT: 0.99996)."},
     )
     layer_decay: float = field(
-        default=1.0, metadata={"help": "Factor on the learning rate from each layer to the one before."}
+        default=1.0, metadata={"help": "Factor from the learning rate of a layer to that of the layer before it."}
     )
     scorer_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the scoring network; without it that of its layer."}
+        default=None, metadata={"help": "Learning rate of the scoring network. Default: that of the first layer."}
     )
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a transformers classifier, or timm/NAME, to distil from."}
@@ -49,7 +52,7 @@ class Recipe:
     distillation: Literal["soft", "hard"] = field(
         default="soft", metadata={"help": "Learn the teacher's probabilities, or its answer."}
     )
-    distillation_alpha: float = field(default=0.5, metadata={"help": "Share of the distillation in the loss."})
+    distillation_alpha: float = field(default=0.5, metadata={"help": "Share of distillation in the loss."})
     distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature of soft distillation."})
     skip_unreadable: bool = field(default=False, metadata={"help": "Skip and count images that cannot be read."})
 
@@ -72,7 +75,7 @@ class Recipe:
         )
 
     def mix(self, num_labels: int, label_smoothing: float) -> MixImages | None:
-        """What mixes a batch and smooths its labels; None if nothing does.
+        """The function that mixes a batch and smooths its labels; None if neither is asked for.
 
         Raises:
             ValueError: A setting is out of range.

@@ -68,7 +68,11 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
                 "trains on."
             )
             return done
-        report(f"Going on from {checkpoint}." if checkpoint else "There is no complete checkpoint: from the beginning.")
+        report(
+            f"Going on from {checkpoint}."
+            if checkpoint
+            else "There is no complete checkpoint: starting from the beginning."
+        )
 
     model, image_processor = load_dart(checkpoint) if checkpoint else start_model(settings.model, data, report)
     trainer = _make_trainer(settings, data, model, image_processor)
@@ -103,7 +107,7 @@ def run_training(settings: TrainingSettings, say: Callable[[str], None] = print)
 def _check_arguments(settings: TrainingSettings) -> None:
     arguments, reference = settings.trainer, settings.run.reference_batch_size
     if settings.data.streaming and arguments.max_steps < 1:
-        raise ValueError("streaming: a stream has no length; say how many steps to train with max_steps.")
+        raise ValueError("streaming: a stream has no length; give the number of steps with --max-steps.")
     if arguments.max_steps == 0 or arguments.num_train_epochs <= 0:
         raise ValueError(
             f"There is nothing to train with max_steps={arguments.max_steps}, num_train_epochs="
@@ -116,7 +120,7 @@ def _check_arguments(settings: TrainingSettings) -> None:
     if reference is not None and reference < 1:
         raise ValueError(f"reference_batch_size must be at least 1, got {reference}.")
     if arguments.remove_unused_columns:
-        raise ValueError("remove_unused_columns=True would take the images away; leave it out.")
+        raise ValueError("remove_unused_columns=True would remove the images; leave it out.")
 
 
 def _load_data(arguments: DataArguments) -> ImageData:

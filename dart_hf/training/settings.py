@@ -45,21 +45,32 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 class DataArguments:
     """The images, as for [`load_image_data`]."""
 
-    data: str = field(metadata={"help": "Folder of images (CLASS/IMAGE or SPLIT/CLASS/IMAGE), parquet, or a Hub id."})
-    output: str = field(metadata={"help": "Folder for the model and the checkpoints on the way."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_split: str = field(default="train", metadata={"help": "Also a part of one, such as train[:1000]."})
-    evaluation_split: str | None = field(
-        default=None, metadata={"help": "Without it 'validation' or 'test', or some of the training images."}
+    data: str = field(
+        metadata={"help": "Folder of images (CLASS/IMAGE or SPLIT/CLASS/IMAGE), a parquet file, or an id on the Hub."}
     )
-    image_column: str | None = None
-    label_column: str | None = None
-    class_names: list[str] | None = field(default=None, metadata={"help": "Where the data set does not know them."})
+    output: str = field(metadata={"help": "Folder for the model and its checkpoints."})
+    subset: str | None = field(default=None, metadata={"help": "The subset, if the data set has several."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split to learn from, or a part of it, such as train[:1000]."}
+    )
+    evaluation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to evaluate on. Default: 'validation', else 'test', else held-out training images."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the only column of images."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the labels. Default: the only column of labels."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes, in the order of their numbers."}
+    )
     held_out: float = field(
         default=0.1,
-        metadata={"help": "Share of the training images to evaluate with where there is no split for that."},
+        metadata={"help": "Share of the training images to hold out and evaluate on, if there is no split for that."},
     )
-    streaming: bool = field(default=False, metadata={"help": "Read while training; needs --max-steps."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training. Needs --max-steps."})
 
 
 @dataclass
@@ -69,28 +80,33 @@ class ModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of a DART model or a ViT or DeiT, or timm/NAME for a ViT or DeiT of timm's."
+            "help": "Model to start from: folder or Hub id of a DART, ViT or DeiT, or timm/NAME for one of timm."
         },
     )
     preset: Literal["tiny", "small", "base", "vim-tiny", "vim-small", "rmt-small", "rmt-L6"] | None = field(
-        default=None, metadata={"help": "A new model instead."}
+        default=None, metadata={"help": "Train a new model of this size instead."}
     )
     model_settings: str | None = field(
         default=None, metadata={"help": 'Other settings of the configuration, as JSON: \'{"scorer": "conv"}\'.'}
     )
-    num_patches: int | None = field(default=None, metadata={"help": "Token budget; the model's own without it."})
+    num_patches: int | None = field(default=None, metadata={"help": "Token budget. Default: the model's own."})
     partition: Literal["flow", "grid", "uniform"] | None = field(
-        default=None, metadata={"help": "The model's own without it, 'flow' for a ViT."}
+        default=None, metadata={"help": "Partition. Default: the model's own, or 'flow' for a ViT."}
     )
-    image_size: int | None = field(default=None, metadata={"help": "Side in pixels; the model's own without it."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels. Default: the model's own."}
+    )
     crop_pct: float | None = field(
-        default=None, metadata={"help": "Share of the resized short side that the crop keeps; 0.875 for a new size."}
+        default=None,
+        metadata={"help": "Side of the crop divided by the resized short side. Default for a new size: 0.875."},
     )
-    drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth (DeiT: 0.1)."})
-    new_head: bool = field(default=False, metadata={"help": "Replace the head of a model that knows other classes."})
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth of the last layer (DeiT: 0.1)."}
+    )
+    new_head: bool = field(default=False, metadata={"help": "Replace the head, for other classes than the model's."})
     scorer_weights: str | None = field(
         default=None,
-        metadata={"help": "For a scorer that has none: 'imagenet' to download them, or a file of the trunk's."},
+        metadata={"help": "Weights for a scorer that has none: 'imagenet' to download them, or a file."},
     )
 
 
@@ -99,14 +115,18 @@ class RunArguments:
     """The start of the run."""
 
     config: str | None = field(
-        default=None, metadata={"help": "YAML or JSON file of settings, or 'deit', DeiT's recipe; flags overrule it."}
+        default=None,
+        metadata={"help": "YAML or JSON file of settings, or 'deit' for DeiT's recipe. Options overrule it."},
     )
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last complete checkpoint in the output folder, as before."}
+        default=False,
+        metadata={
+            "help": "Go on from the last complete checkpoint in the output folder, with the settings of that run."
+        },
     )
     reference_batch_size: int | None = field(
         default=None,
-        metadata={"help": "The learning rate is meant for this many images a step, and scaled in proportion to them."},
+        metadata={"help": "Scale the learning rate by the number of images in a step, divided by this number."},
     )
 
 
@@ -188,7 +208,7 @@ def parse_settings(arguments: Sequence[str]) -> TrainingSettings:
     known, _ = early.parse_known_args(arguments)
     config = _read_config(known.config) if known.config else {}
     if not {"resume", "config", "output_dir", "resume_from_checkpoint"}.isdisjoint(config):
-        raise ValueError(f"config: {known.config} may have all settings but resume, config and the trainer's folders.")
+        raise ValueError(f"config: {known.config} must not set resume, config, output_dir or resume_from_checkpoint.")
     output = known.output or config.get("output")
     earlier = _earlier_settings(Path(output)) if known.resume and output else {}
 
@@ -199,7 +219,7 @@ def parse_settings(arguments: Sequence[str]) -> TrainingSettings:
     arguments = [*_as_flags(earlier), *_as_flags(config), *arguments]
     values = vars(parser.parse_args(arguments))
     if (values["output_dir"], values["resume_from_checkpoint"]) != (output, None):
-        raise ValueError("Use output for output_dir, and resume for resume_from_checkpoint.")
+        raise ValueError("Use --output instead of --output-dir, and --resume instead of --resume-from-checkpoint.")
     given = {
         name: absolute_source(value) if name in SOURCES else value
         for name, value in values.items()
@@ -207,7 +227,7 @@ def parse_settings(arguments: Sequence[str]) -> TrainingSettings:
     }
     changed = [name for name in FIXED_SETTINGS if earlier and given.get(name) != earlier.get(name)]
     if changed:
-        raise ValueError(f"resume: {changed[0]} cannot change in the middle of a training.")
+        raise ValueError(f"resume: {changed[0]} cannot change during a training.")
     return TrainingSettings(*parser.parse_args_into_dataclasses(arguments, look_for_args_file=False), given=given)
 
 
@@ -247,6 +267,6 @@ def _earlier_settings(output: Path) -> dict[str, Any]:
     settings = own_settings(output)
     if settings is None:
         raise FileNotFoundError(
-            f"resume: the folder {str(output)!r} holds no training to go on with (no {SETTINGS_FILE})."
+            f"resume: the folder {str(output)!r} holds no training to resume: it has no {SETTINGS_FILE}."
         )
     return settings

@@ -98,7 +98,7 @@ def test_resumed_run_ends_with_the_same_weights(few, config, tmp_path, held_out)
 
 
 def test_resume_without_a_run(tmp_path):
-    assert "holds no training to go on with" in sentence(command("--output", tmp_path / "out", "--resume"))
+    assert "holds no training to resume" in sentence(command("--output", tmp_path / "out", "--resume"))
     assert not (tmp_path / "out").exists()
 
 
@@ -142,7 +142,7 @@ def test_resumed_stream_ends_with_the_same_weights(few, config, tmp_path):
     "change", [["--num-patches", 4], ["--model-settings", "{}"], ["--class-names", "0", "1"], ["--image-size", 64]]
 )
 def test_resume_refuses_settings_of_the_model(trained, change):
-    assert "cannot change in the middle of a training" in sentence(command("--output", trained[0], "--resume", *change))
+    assert "cannot change during a training" in sentence(command("--output", trained[0], "--resume", *change))
 
 
 def test_same_command_with_resume(few, digits_model, tmp_path, monkeypatch):
@@ -184,10 +184,10 @@ def test_checkpoint_that_lost_a_file_is_not_deleted(trained, tmp_path):
         (["--max-steps", 0], "There is nothing to train"),
         (["--gradient-accumulation-steps", 0], "gradient_accumulation_steps must be at least 1"),
         (["--reference-batch-size", 0], "reference_batch_size must be at least 1"),
-        (["--output-dir", "elsewhere"], "Use output for output_dir"),
+        (["--output-dir", "elsewhere"], "Use --output instead of --output-dir"),
         (["--held-out", 1.5], "held_out must be at least 0 and below 1, got 1.5"),
         (["--model-settings", '{"hidden_size": "abc"}'], "hidden_size"),
-        (["--remove-unused-columns"], "remove_unused_columns=True would take the images away"),
+        (["--remove-unused-columns"], "remove_unused_columns=True would remove the images"),
     ],
 )
 def test_values_out_of_range(few, config, tmp_path, arguments, message):
