@@ -9,6 +9,7 @@ from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers.utils.generic import maybe_autocast
@@ -32,7 +33,7 @@ class _Sizes(NamedTuple):
     steps: int
 
     @classmethod
-    def choose(cls, x: torch.Tensor, num_states: int) -> "_Sizes":
+    def choose(cls, x: Tensor, num_states: int) -> "_Sizes":
         """Choose the sizes for x (batch, L, E)."""
         block = GPU_BLOCK if x.is_cuda else CPU_BLOCK
         batch, length, channels = x.shape
@@ -47,12 +48,12 @@ class _Sizes(NamedTuple):
         steps = math.ceil(length / (math.ceil(length / tokens) * chunks))
         return cls(images, math.ceil(length / (chunks * steps)), chunks, steps)
 
-    def empty(self, sequence: torch.Tensor) -> torch.Tensor:
+    def empty(self, sequence: Tensor) -> Tensor:
         """Memory (batch, segments × K × T, F) for results that belong to a sequence (batch, L, F)."""
         batch, _, size = sequence.shape
         return sequence.new_empty(batch, self.segments * self.chunks * self.steps, size)
 
-    def split(self, sequence: torch.Tensor) -> list[torch.Tensor]:
+    def split(self, sequence: Tensor) -> list[Tensor]:
         """(images, L, …) -> segments (images, K, T, …). The last one is padded with zeros."""
         tokens = self.chunks * self.steps
         *segments, last = sequence.split(tokens, dim=1)
@@ -60,7 +61,7 @@ class _Sizes(NamedTuple):
             last = pad(last, (0, 0) * (last.ndim - 2) + (0, tokens - last.shape[1]))
         return [segment.unflatten(1, (self.chunks, self.steps)) for segment in (*segments, last)]
 
-    def group(self, *sequences: torch.Tensor) -> list[list[tuple[torch.Tensor, ...]]]:
+    def group(self, *sequences: Tensor) -> list[list[tuple[Tensor, ...]]]:
         """Split sequences into groups of images, each group into segments, each segment into its part of a sequence."""
         groups = zip(*(sequence.split(self.images) for sequence in sequences), strict=True)
         return [list(zip(*map(self.split, group), strict=True)) for group in groups]
@@ -70,15 +71,7 @@ class BlockwiseScan(torch.autograd.Function):
     """The scan with its gradient. The result is padded to whole segments."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        delta: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        rates: torch.Tensor,
-        backwards: bool,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, rates: Tensor, backwards: bool) -> Tensor:
         # The gradient needs the same sizes, and the number of threads may have changed by then.
         sizes = _Sizes.choose(x, rates.shape[0])
         y, starts = _scan_blockwise(x, delta, B, C, rates, sizes, backwards)
@@ -89,7 +82,7 @@ class BlockwiseScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, B, C, rates, *starts = ctx.saved_tensors
         # `backward` may be called under autocast.
         with maybe_autocast(x.device.type, enabled=False):
@@ -97,14 +90,8 @@ class BlockwiseScan(torch.autograd.Function):
 
 
 def _scan_blockwise(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    rates: torch.Tensor,
-    sizes: _Sizes,
-    backwards: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    x: Tensor, delta: Tensor, B: Tensor, C: Tensor, rates: Tensor, sizes: _Sizes, backwards: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Compute y, padded to whole segments, and the state before each segment."""
     y = sizes.empty(x)
     # All sequences get the states' axis, the last but one, of size 1 if they have no states.
@@ -121,16 +108,16 @@ def _scan_blockwise(
 
 
 def _gradients(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    rates: torch.Tensor,
-    starts: list[torch.Tensor],
-    grad_y: torch.Tensor,
+    x: Tensor,
+    delta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    rates: Tensor,
+    starts: list[Tensor],
+    grad_y: Tensor,
     sizes: _Sizes,
     backwards: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """Compute the gradients of x, delta, B, C and rates from y's gradient and the state before each segment."""
     starts = iter(starts)
     # The gradient of the states is a scan in the other direction. A token decays by the time step of the token that
@@ -171,9 +158,7 @@ _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
-def scan_operator(
-    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
-) -> torch.Tensor:
+def scan_operator(x: Tensor, delta: Tensor, B: Tensor, C: Tensor, rates: Tensor, backwards: bool) -> Tensor:
     with maybe_autocast(x.device.type, enabled=False):
         y, _ = _scan_blockwise(x, delta, B, C, rates, _Sizes.choose(x, rates.shape[0]), backwards)
     return y[:, : x.shape[1]].contiguous()
@@ -181,14 +166,8 @@ def scan_operator(
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_gradients", mutates_args=())
 def _gradients_operator(
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    rates: torch.Tensor,
-    grad_y: torch.Tensor,
-    backwards: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, delta: Tensor, B: Tensor, C: Tensor, rates: Tensor, grad_y: Tensor, backwards: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The states before the segments are computed again, because a compiler does not know their number."""
     with maybe_autocast(x.device.type, enabled=False):
         sizes = _Sizes.choose(x, rates.shape[0])
@@ -199,22 +178,22 @@ def _gradients_operator(
 
 
 @scan_operator.register_fake
-def _(x: torch.Tensor, *others: Any) -> torch.Tensor:
+def _(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @_gradients_operator.register_fake
-def _(*tensors_and_direction: Any) -> tuple[torch.Tensor, ...]:
+def _(*tensors_and_direction: Any) -> tuple[Tensor, ...]:
     tensors = tensors_and_direction[:5]
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
-def _save_for_gradients(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+def _save_for_gradients(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.backwards = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     return *_gradients_operator(*ctx.saved_tensors, grad_y, ctx.backwards), None
 
 
@@ -230,14 +209,7 @@ class _Block:
         # All chunks after the first one.
         self.later = slice(-1) if backwards else slice(1, None)
 
-    def states(
-        self,
-        delta: torch.Tensor,
-        inputs: torch.Tensor,
-        weights: torch.Tensor,
-        rates: torch.Tensor,
-        start: torch.Tensor,
-    ) -> torch.Tensor:
+    def states(self, delta: Tensor, inputs: Tensor, weights: Tensor, rates: Tensor, start: Tensor) -> Tensor:
         """h_t = 2^(Δ_t rates) h_(t-1) + inputs_t weights_t, or with h_(t+1).
 
         Args:
@@ -266,12 +238,12 @@ class _Block:
             states.addcmul_(decays, before)
         return self.memory
 
-    def step_decays(self, delta: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    def step_decays(self, delta: Tensor, rates: Tensor) -> Tensor:
         """Compute 2^(Δ_t rates) again after `states`, which has overwritten them in all chunks except the first."""
         torch.mul(delta[:, self.later], rates, out=self.decays[:, self.later]).exp2_()
         return self.decays
 
-    def times_before(self, factors: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    def times_before(self, factors: Tensor, start: Tensor) -> Tensor:
         """Multiply factors (images, K, T, S, E) in place by the state before each token."""
         flat, states = factors.flatten(1, 2), self.memory.flatten(1, 2)
         if self.backwards:
@@ -282,11 +254,11 @@ class _Block:
             flat[:, 0].mul_(start)
         return factors
 
-    def end(self) -> torch.Tensor:
+    def end(self) -> Tensor:
         """The state after the segment, (images, S, E)."""
         return self.chunks[-1][-1].squeeze(1)
 
-    def _allocate(self, decays: torch.Tensor, states: torch.Tensor) -> None:
+    def _allocate(self, decays: Tensor, states: Tensor) -> None:
         self.decays, self.memory = decays, states
         # These views of the memory serve all segments.
         order, first, last = (-1, -1, 0) if self.backwards else (1, 0, -1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,9 +61,9 @@ class DartAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def split_heads(projected: torch.Tensor) -> torch.Tensor:
+        self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Tensor, Tensor | None]:
+        def split_heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -89,7 +89,7 @@ class DartMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
@@ -106,8 +106,8 @@ class DartLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
+        self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D), or the first `num_queries` tokens of that."""
         attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries, **kwargs)
         hidden_states = hidden_states[:, :num_queries] + self.drop_path(self.dropout(attended))
@@ -161,7 +161,7 @@ class DartModel(DartPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: Tensor,
         num_patches: int | None = None,
         output_regions: bool = False,
         class_token_only: bool = False,
@@ -193,11 +193,11 @@ class DartModel(DartPreTrainedModel):
 
     def encode(
         self,
-        tokens: torch.Tensor,
-        class_position: torch.Tensor,
+        tokens: Tensor,
+        class_position: Tensor,
         class_token_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, P + N, D).
 
         P counts the class token and, if there is one, the distillation token. With `class_token_only` (B, P, D).

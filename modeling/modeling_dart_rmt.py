@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -42,28 +42,28 @@ class RelativePositions(NamedTuple):
             (L = h·w).
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    decays: tuple[torch.Tensor, ...]
+    cos: Tensor
+    sin: Tensor
+    decays: tuple[Tensor, ...]
 
 
 # These two functions compute in float32 in every model, because the authors' code does, also in float64 models. So our
 # float64 logits agree with theirs to 1e-13. In float64 the rates would differ by up to 4e-6, and the logits by 2e-7.
 
 
-def rotation_frequencies(head_dim: int, device: torch.device | None = None) -> torch.Tensor:
+def rotation_frequencies(head_dim: int, device: torch.device | None = None) -> Tensor:
     """Angle per position of each channel: (E,), float32. Pairs of channels have the same angle."""
     exponents = torch.linspace(0, 1, head_dim // 2, dtype=torch.float32, device=device)
     return (1 / 10000**exponents).repeat_interleave(2)
 
 
-def decay_rates(start: float, extent: float, num_heads: int, device: torch.device | None = None) -> torch.Tensor:
+def decay_rates(start: float, extent: float, num_heads: int, device: torch.device | None = None) -> Tensor:
     """Term of the logits of head h per step of distance, log(1 - 2^(-start - extent·h/heads)): (heads,), float32."""
     heads = torch.arange(num_heads, dtype=torch.float32, device=device)
     return torch.log(1 - 2 ** (-start - extent * heads / num_heads))
 
 
-def rotate(channels: torch.Tensor, positions: RelativePositions) -> torch.Tensor:
+def rotate(channels: Tensor, positions: RelativePositions) -> Tensor:
     """Rotate pairs of neighbouring channels by the angles of their positions: (B, h, w, heads, E) -> same shape."""
     cos, sin = positions.cos.to(channels.dtype), positions.sin.to(channels.dtype)
     quarter_turned = torch.stack([-channels[..., 1::2], channels[..., ::2]], dim=-1).flatten(-2)
@@ -78,7 +78,7 @@ class DartRmtConvolution(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1)
         self.norm = nn.BatchNorm2d(out_channels)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         return self.norm(self.conv(features))
 
 
@@ -98,7 +98,7 @@ class DartRmtStem(nn.Module):
         )
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         first, *others = self.convolutions
         features = first(images.to(first.conv.weight.dtype))
         for convolution in others:
@@ -117,7 +117,7 @@ class DartRmtDepthwiseConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_channels, 1, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         # Both permutations are views: torch stores a map (B, C, h, w) this way in its channels_last format.
         features = hidden_states.permute(0, 3, 1, 2)
         num_channels, _, _, kernel_size = self.weight.shape
@@ -145,8 +145,8 @@ class DartRmtRetention(nn.Module):
         self.local_conv = DartRmtDepthwiseConvolution(width, kernel_size=5)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor, positions: RelativePositions) -> torch.Tensor:
-        def split_heads(projected: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, positions: RelativePositions) -> Tensor:
+        def split_heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim))
 
         query = rotate(split_heads(self.q_proj(hidden_states)), positions)
@@ -157,26 +157,19 @@ class DartRmtRetention(nn.Module):
         return self.o_proj(self.local_conv(value) + retained.flatten(-2))
 
     def attend_along_the_axes(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        decay_along_width: torch.Tensor,
-        decay_along_height: torch.Tensor,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, decay_along_width: Tensor, decay_along_height: Tensor
+    ) -> Tensor:
         """Attend along each row, then along each column. All tensors except the decays are (B, h, w, heads, E)."""
         value = self.attend(query, key, value, decay_along_width)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         return self.attend(query, key, value, decay_along_height).transpose(1, 2)
 
-    def attend_over_the_map(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor
-    ) -> torch.Tensor:
+    def attend_over_the_map(self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
         """Attend over all positions. All tensors except the decay are (B, h, w, heads, E)."""
         sequences = (states.flatten(1, 2).unsqueeze(1) for states in (query, key, value))
         return self.attend(*sequences, decay).view_as(query)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
         """Attend within each of the S sequences of an image. All tensors except the decay are (B, S, L, heads, E)."""
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -198,7 +191,7 @@ class DartRmtMLP(nn.Module):
         self.conv = DartRmtDepthwiseConvolution(intermediate_size, kernel_size=3)
         self.fc2 = nn.Linear(intermediate_size, width)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_states = self.activation(self.fc1(hidden_states))
         return self.fc2(hidden_states + self.conv(hidden_states))
 
@@ -218,7 +211,7 @@ class DartRmtLayer(GradientCheckpointingLayer):
         self.layer_scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale[stage] else None
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor, positions: RelativePositions) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, positions: RelativePositions) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
         hidden_states = hidden_states + self.position_conv(hidden_states)
         retained = self.retention(self.layernorm_before(hidden_states), positions)
@@ -247,7 +240,7 @@ class DartRmtStage(nn.Module):
         self.layers = nn.ModuleList(DartRmtLayer(config, stage, rate) for rate in drop_path_rates)
         self.downsample = DartRmtConvolution(width, following[0], stride=2) if following else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         positions = self.relative_positions(features)
         hidden_states = features.permute(0, 2, 3, 1)
         for layer in self.layers:
@@ -255,7 +248,7 @@ class DartRmtStage(nn.Module):
         features = hidden_states.permute(0, 3, 1, 2)
         return features if self.downsample is None else self.downsample(features)
 
-    def relative_positions(self, features: torch.Tensor) -> RelativePositions:
+    def relative_positions(self, features: Tensor) -> RelativePositions:
         """The relative positions on a map (B, C, h, w), in float32 at least."""
         height, width = features.shape[2:]
         dtype, device = torch.promote_types(features.dtype, torch.float32), features.device
@@ -283,7 +276,7 @@ class DartRmtPooler(nn.Module):
         self.norm = nn.BatchNorm2d(config.projection_size)
         self.activation = nn.SiLU()
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         projected = self.projection(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.activation(self.norm(projected)).mean(dim=(2, 3))
 
@@ -337,7 +330,7 @@ class DartRmtModel(DartRmtPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: Tensor,
         num_patches: int | None = None,
         output_regions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -361,12 +354,10 @@ class DartRmtModel(DartRmtPreTrainedModel):
         images, regions = self.tokenizer(pixel_values, num_patches)
         features = self.encode(images)
         return DartModelOutput(
-            last_hidden_state=features,
-            pooler_output=self.pooler(features),
-            regions=regions if output_regions else None,
+            last_hidden_state=features, pooler_output=self.pooler(features), regions=regions if output_regions else None
         )
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Images (B, c, P·R, P·C), rebuilt or not -> the map of the last stage (B, C, h, w)."""
         # In this layout a map (B, C, h, w) is a view of (B, h, w, C).
         features = self.stem(channels_last(images))

@@ -4,7 +4,7 @@ import math
 
 import torch
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, rms_norm, silu, softplus
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,7 +31,7 @@ class DartVimConvolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
         self.backwards = backwards
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         num_channels, _, kernel_size = self.weight.shape
         reach, length = kernel_size - 1, x.shape[1]
         weight, first = (self.weight.flip(-1), reach) if self.backwards else (self.weight, 0)
@@ -53,7 +53,7 @@ class DartVimTimeSteps(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_channels, rank))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         delta = linear(x, self.weight)
         precise = torch.promote_types(delta.dtype, torch.float32)
         return softplus(delta.to(precise) + self.bias.to(precise))
@@ -69,7 +69,7 @@ class DartVimNorm(nn.RMSNorm):
     The residual stream is float32 at least, also where the weights are in half precision.
     """
 
-    def forward(self, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, residual: Tensor) -> Tensor:
         weight = self.weight.to(residual.dtype)
         return rms_norm(residual, self.normalized_shape, weight, self.eps).to(self.weight.dtype)
 
@@ -89,7 +89,7 @@ class DartVimScan(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(channels, config.state_size))
         self.D = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = silu(self.conv1d(x))
         steps, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         delta = self.dt_proj(steps)
@@ -111,7 +111,7 @@ class DartVimMixer(nn.Module):
         self.backward_scan = DartVimScan(config, backwards=True)
         self.out_proj = DartVimOutput(channels, config.hidden_size, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         y = self.forward_scan(x) + self.backward_scan(x)
         return self.out_proj(y * silu(gate)) / 2
@@ -126,7 +126,7 @@ class DartVimLayer(GradientCheckpointingLayer):
         self.mixer = DartVimMixer(config)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, residual: Tensor) -> Tensor:
         return residual + self.drop_path(self.mixer(self.norm(residual)))
 
 
@@ -191,7 +191,7 @@ class DartVimModel(DartVimPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: Tensor,
         num_patches: int | None = None,
         output_regions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -221,7 +221,7 @@ class DartVimModel(DartVimPreTrainedModel):
             regions=regions if output_regions else None,
         )
 
-    def encode(self, tokens: torch.Tensor, class_position: torch.Tensor) -> torch.Tensor:
+    def encode(self, tokens: Tensor, class_position: Tensor) -> Tensor:
         """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, N + 1, D)."""
         middle = tokens.shape[1] // 2
         class_token = self.cls_token.to(class_position.device) + class_position

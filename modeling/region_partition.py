@@ -11,6 +11,7 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers.utils import ModelOutput
 
@@ -25,8 +26,8 @@ class RegionBoxes(NamedTuple):
         tokens: (B, M), the index of the region, and of its token, that each rectangle belongs to.
     """
 
-    boxes: torch.Tensor
-    tokens: torch.Tensor
+    boxes: Tensor
+    tokens: Tensor
 
 
 @dataclass
@@ -76,7 +77,7 @@ def bands_for_budget(num_patches: int, height: int, width: int) -> int:
     return max(1, round(math.sqrt(num_patches * height / width)))
 
 
-def density(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def density(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Scores divided by their sum.
 
     Args:
@@ -98,7 +99,7 @@ def density(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scores / scores.sum(dim=(1, 2), keepdim=True), usable[:, :, 0]
 
 
-def quantiles(density: torch.Tensor, num_parts: int) -> torch.Tensor:
+def quantiles(density: Tensor, num_parts: int) -> Tensor:
     """Equal-mass quantiles of a piecewise-constant density.
 
     For probability q, with j the first cell whose cumulative sum reaches q, that is j + (q − the sum before j)/p_j.
@@ -121,7 +122,7 @@ def quantiles(density: torch.Tensor, num_parts: int) -> torch.Tensor:
     return cell + within
 
 
-def cell_coverage(edges: torch.Tensor, num_cells: int) -> torch.Tensor:
+def cell_coverage(edges: Tensor, num_cells: int) -> Tensor:
     """Length of each unit cell that lies in each interval between neighbouring edges.
 
     Args:
@@ -136,7 +137,7 @@ def cell_coverage(edges: torch.Tensor, num_cells: int) -> torch.Tensor:
     return filled[:, 1:] - filled[:, :-1]
 
 
-def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
+def band_weights(row_edges: Tensor, grid_size: int) -> Tensor:
     """The shares of the grid rows in each band.
 
     Args:
@@ -150,7 +151,7 @@ def band_weights(row_edges: torch.Tensor, grid_size: int) -> torch.Tensor:
     return coverage / coverage.sum(dim=2, keepdim=True).clamp(min=1e-6)
 
 
-def position_weights(regions: Regions, grid_size: int) -> torch.Tensor:
+def position_weights(regions: Regions, grid_size: int) -> Tensor:
     """The shares of the cells of the position table in each region.
 
     Args:
@@ -168,7 +169,7 @@ def position_weights(regions: Regions, grid_size: int) -> torch.Tensor:
     return torch.einsum("bnrc,brg->bngc", by_band, band_weights(regions.row_edges, grid_size)).flatten(2)
 
 
-def uniform_regions(scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+def uniform_regions(scores: Tensor, num_patches: int, height: int, width: int) -> Regions:
     """The flow partition of constant scores, exactly: R equal bands, N equal regions along the strip.
 
     With N = R·C this is the plain grid of patches. `scores` (B, G, G) only give batch size, dtype and device.
@@ -183,7 +184,7 @@ def uniform_regions(scores: torch.Tensor, num_patches: int, height: int, width: 
     )
 
 
-def flow_regions(scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+def flow_regions(scores: Tensor, num_patches: int, height: int, width: int) -> Regions:
     """DART-Flow: bands of equal mass, then regions of equal mass along the strip of bands.
 
     Args:
@@ -202,7 +203,7 @@ def flow_regions(scores: torch.Tensor, num_patches: int, height: int, width: int
     return Regions(scores=scores, row_edges=row_edges, strip_edges=torch.where(usable, edges, uniform.strip_edges))
 
 
-def grid_regions(scores: torch.Tensor, num_patches: int, height: int, width: int, first_edge: float = 0.0) -> Regions:
+def grid_regions(scores: Tensor, num_patches: int, height: int, width: int, first_edge: float = 0.0) -> Regions:
     """DART-Grid: R bands of equal mass, each cut by the same C columns of equal mass.
 
     Args:
@@ -250,17 +251,17 @@ def check_grid_budget(num_patches: int, height: int, width: int) -> None:
         )
 
 
-def _row_edges(mass: torch.Tensor, bands: int, height: int) -> torch.Tensor:
+def _row_edges(mass: Tensor, bands: int, height: int) -> Tensor:
     """Band edges (B, R + 1) in pixels: quantiles of the row masses of a density (B, G, G)."""
     rows = _renormalised(mass.sum(dim=2))
     return _with_ends(quantiles(rows, bands) * (height / mass.shape[1]), 0, height)
 
 
-def _renormalised(mass: torch.Tensor) -> torch.Tensor:
+def _renormalised(mass: Tensor) -> Tensor:
     return mass / (mass.sum(dim=1, keepdim=True) + QUANTILE_EPSILON)
 
 
-def _with_ends(inner: torch.Tensor, first: float, last: float) -> torch.Tensor:
+def _with_ends(inner: Tensor, first: float, last: float) -> Tensor:
     """Add a first and a last edge to inner edges (B, K - 1). Both are exact, without rounding."""
     inner = inner.clamp(first, last)
     return torch.cat([inner.new_full((inner.shape[0], 1), first), inner, inner.new_full((inner.shape[0], 1), last)], 1)

@@ -3,12 +3,13 @@
 Pixel centres have integer coordinates."""
 
 import torch
+from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from .region_partition import Regions
 
 
-def sample_regions(pixel_values: torch.Tensor, regions: Regions, patch_size: int) -> torch.Tensor:
+def sample_regions(pixel_values: Tensor, regions: Regions, patch_size: int) -> Tensor:
     """Resample every region to `patch_size` × `patch_size` pixels.
 
     Args:
@@ -23,7 +24,7 @@ def sample_regions(pixel_values: torch.Tensor, regions: Regions, patch_size: int
     return sample_strip(strip, regions.strip_edges, patch_size)
 
 
-def sample_bands(pixel_values: torch.Tensor, row_edges: torch.Tensor, patch_size: int) -> torch.Tensor:
+def sample_bands(pixel_values: Tensor, row_edges: Tensor, patch_size: int) -> Tensor:
     """Resample every band to `patch_size` rows and lay the bands end to end.
 
     Args:
@@ -45,7 +46,7 @@ def sample_bands(pixel_values: torch.Tensor, row_edges: torch.Tensor, patch_size
     return bands.reshape(batch_size, -1, patch_size * num_channels)
 
 
-def sample_strip(strip: torch.Tensor, strip_edges: torch.Tensor, patch_size: int) -> torch.Tensor:
+def sample_strip(strip: Tensor, strip_edges: Tensor, patch_size: int) -> Tensor:
     """Resample every region of the strip to `patch_size` columns. Beyond its last column the strip is zero.
 
     Args:
@@ -68,7 +69,7 @@ def sample_strip(strip: torch.Tensor, strip_edges: torch.Tensor, patch_size: int
     return blend_rows(strip.flatten(0, 1), indices, weights).view(batch_size, strip_edges.shape[1] - 1, -1)
 
 
-def blend_rows(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def blend_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of pairs of rows.
 
     Args:
@@ -87,12 +88,12 @@ def blend_rows(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     return first * weights[:, :1] + second * weights[:, 1:]
 
 
-def patch_images(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+def patch_images(patches: Tensor, patch_size: int) -> Tensor:
     """Patches (B, N, P·P·C) of [`sample_regions`] as images (B, N, C, P, P)."""
     return patches.unflatten(2, (patch_size, patch_size, -1)).permute(0, 1, 4, 3, 2)
 
 
-def _positions(edges: torch.Tensor, num_samples: int) -> torch.Tensor:
+def _positions(edges: Tensor, num_samples: int) -> Tensor:
     """`num_samples` positions in each interval, its end excluded: (B, K + 1) -> (B, K·num_samples)."""
     steps = torch.arange(num_samples, device=edges.device, dtype=edges.dtype) / num_samples
     starts, ends = edges[:, :-1, None], edges[:, 1:, None]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate
 from transformers import initialization as init
 from transformers.utils import logging
@@ -53,10 +53,10 @@ class RegionScorer(nn.Module):
         # The model may be built in half precision: `_apply` raises it.
         self.to(self.head.fc1.weight.dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RegionScorer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RegionScorer":
         """Move or cast the scorer, as torch does for every module, but to no precision below float32."""
 
-        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+        def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.is_floating_point() and moved.dtype.itemsize < 4:
                 return tensor.to(moved.device, torch.promote_types(tensor.dtype, torch.float32))
@@ -76,7 +76,7 @@ class RegionScorer(nn.Module):
             self.trunk.eval()
         return self
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> scores (B, G, G) in float32 at least.
 
         An image whose logits are constant, infinite or NaN gets constant scores. When a trunk trains, its BatchNorm
@@ -96,7 +96,7 @@ class RegionScorer(nn.Module):
                 logits = interpolate(logits[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
             return self.head.squash(self.statistics(logits, self.config.score_normalization))
 
-    def features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the trunk's map (B, F, h, w), and whether it is finite for each image, (B, 1, 1).
 
         Where it is not, zeros replace the map, or the image if the trunk trains: a NaN would reach the head's weights
@@ -180,7 +180,7 @@ def adopt_running_rule(scorer: RegionScorer, state_dict: Mapping[str, Any], pref
         scorer.config.score_normalization = "running"
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
+def _tensors(module: nn.Module) -> list[Tensor]:
     """All parameters and buffers, also those that no state dict has."""
     return [*module.parameters(), *module.buffers()]
 
@@ -193,12 +193,12 @@ class PerCellHead(nn.Module):
         self.fc1 = nn.Linear(num_features, hidden_size)
         self.fc2 = nn.Linear(hidden_size, 1)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(B, F, h, w) -> logits (B, h, w)."""
         return self.fc2(gelu(self.fc1(features.permute(0, 2, 3, 1)))).squeeze(-1)
 
     @staticmethod
-    def squash(standardized: torch.Tensor) -> torch.Tensor:
+    def squash(standardized: Tensor) -> Tensor:
         """Standardised logits -> scores in (0.1, 1.1)."""
         return standardized.sigmoid() + 0.1
 
@@ -211,18 +211,18 @@ class ChannelGateHead(nn.Module):
         self.fc1 = nn.Linear(num_features, HEAD_HIDDEN_SIZE)
         self.fc2 = nn.Linear(HEAD_HIDDEN_SIZE, num_features)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(B, F, h, w) -> logits (B, h, w)."""
         gate = self.fc2(gelu(self.fc1(features.mean(dim=(2, 3))))).sigmoid()
         return (features * gate[:, :, None, None]).sum(dim=1)
 
     @staticmethod
-    def squash(standardized: torch.Tensor) -> torch.Tensor:
+    def squash(standardized: Tensor) -> Tensor:
         """Standardised logits -> scores in (0, 1)."""
         return (2 * standardized).sigmoid()
 
 
-def zero_unless_finite(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def zero_unless_finite(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Replace images with infinite or NaN values by zeros. Also returns a mask (B, 1, 1, 1) of the finite images."""
     finite = tensor.detach().sum(dim=(1, 2, 3), dtype=torch.float32, keepdim=True).isfinite()
     return torch.where(finite, tensor, 0), finite

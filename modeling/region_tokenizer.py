@@ -3,7 +3,7 @@
 from numbers import Integral
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.utils.generic import maybe_autocast
 
@@ -21,7 +21,7 @@ class RegionPartitioner(nn.Module):
         self.config = config
         self.scorer = RegionScorer(config)
 
-    def regions(self, pixel_values: torch.Tensor, num_patches: int | None) -> Regions:
+    def regions(self, pixel_values: Tensor, num_patches: int | None) -> Regions:
         """The regions of images (B, C, H, W). The default of `num_patches` is `config.num_patches`.
 
         Raises:
@@ -31,24 +31,24 @@ class RegionPartitioner(nn.Module):
         self.check(pixel_values, num_patches)
         return self.partition(self.score(pixel_values), num_patches, *pixel_values.shape[2:])
 
-    def score(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def score(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) -> scores (B, G, G) in float32 at least; ones for the uniform partition."""
         if self.config.partition != "uniform":
             return self.scorer(pixel_values)
         grid = (pixel_values.shape[0], self.config.score_grid_size, self.config.score_grid_size)
         return pixel_values.new_ones(grid, dtype=self.scorer.statistics.running_mean.dtype)
 
-    def partition(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+    def partition(self, scores: Tensor, num_patches: int, height: int, width: int) -> Regions:
         """Scores (B, G, G) -> regions in float32 at least, whatever the precision of the model or of autocast."""
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         with maybe_autocast(scores.device.type, enabled=False):
             return self.cut(scores, num_patches, height, width)
 
-    def cut(self, scores: torch.Tensor, num_patches: int, height: int, width: int) -> Regions:
+    def cut(self, scores: Tensor, num_patches: int, height: int, width: int) -> Regions:
         """Cut images by the partition that `config.partition` names now."""
         return PARTITIONS[self.config.partition](scores, num_patches, height, width)
 
-    def check(self, pixel_values: torch.Tensor, num_patches: int) -> None:
+    def check(self, pixel_values: Tensor, num_patches: int) -> None:
         """Check the arguments of a call.
 
         Raises:
@@ -82,9 +82,7 @@ class RegionTokenizer(RegionPartitioner):
         # The first row belongs to the class token, the others to the cells of the score grid.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.score_grid_size**2, config.hidden_size))
 
-    def forward(
-        self, pixel_values: torch.Tensor, num_patches: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, Regions]:
+    def forward(self, pixel_values: Tensor, num_patches: int | None = None) -> tuple[Tensor, Tensor, Regions]:
         """Tokenize a batch of images.
 
         Args:
@@ -104,19 +102,19 @@ class RegionTokenizer(RegionPartitioner):
         # A copy, because FSDP frees the table's memory after this unit.
         return self.embed(pixel_values, regions), self.position_embeddings[:, :1].clone(), regions
 
-    def embed(self, pixel_values: torch.Tensor, regions: Regions) -> torch.Tensor:
+    def embed(self, pixel_values: Tensor, regions: Regions) -> Tensor:
         """The tokens of the regions of (B, C, H, W), with their positions added: (B, N, D)."""
         patches = sample_regions(pixel_values.to(self.projection.weight.dtype), regions, self.config.patch_size)
         return self.projection(patches) + self.positions(regions)
 
-    def positions(self, regions: Regions) -> torch.Tensor:
+    def positions(self, regions: Regions) -> Tensor:
         """The position table averaged over every region: (B, N, D)."""
         with maybe_autocast(regions.row_edges.device.type, enabled=False):
             weights = position_weights(regions, self.config.score_grid_size)
         return weights.to(self.position_embeddings.dtype) @ self.position_embeddings[0, 1:]
 
 
-def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
+def channels_last(pixel_values: Tensor) -> Tensor:
     # A tensor without channels is refused later.
     return pixel_values.contiguous(memory_format=torch.channels_last) if pixel_values.dim() == 4 else pixel_values
 
@@ -133,7 +131,7 @@ class PatchProjection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: Tensor) -> Tensor:
         """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
         # A patch is stored column by column with its channels last, the kernel with its channels first.
         return linear(patches, self.weight.permute(0, 3, 2, 1).flatten(1), self.bias)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,7 @@ class ScoreStatistics(nn.Module):
         self._batch_checked = False
         self._running_checked = False
 
-    def forward(self, logits: torch.Tensor, normalization: str) -> torch.Tensor:
+    def forward(self, logits: Tensor, normalization: str) -> Tensor:
         """Standardise logits.
 
         Args:
@@ -55,7 +55,7 @@ class ScoreStatistics(nn.Module):
         deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt()
         return torch.where(usable, (logits - mean) / (deviation + STANDARDIZATION_EPSILON), 0)
 
-    def _track(self, mean: torch.Tensor, variance: torch.Tensor, any_usable: torch.Tensor) -> None:
+    def _track(self, mean: Tensor, variance: Tensor, any_usable: Tensor) -> None:
         # The first batch replaces the initial values, which describe nothing.
         momentum = torch.where(self.num_batches_tracked > 0, STATISTICS_MOMENTUM, 1.0) * any_usable
         momentum = momentum.view(()).to(self.running_mean.dtype)
@@ -63,7 +63,7 @@ class ScoreStatistics(nn.Module):
         self.running_var.lerp_(variance.view(()).to(self.running_var.dtype), momentum)
         self.num_batches_tracked.add_(any_usable.view(()))
 
-    def _running_moments(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _running_moments(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         tracked = self.num_batches_tracked > 0
         mean, variance = image_moments(logits)
         mean = torch.where(tracked, self.running_mean.to(mean.dtype), mean)
@@ -89,7 +89,7 @@ class ScoreStatistics(nn.Module):
             )
 
 
-def image_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def image_moments(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each image: (B, G, G) -> (B, 1, 1), (B, 1, 1)."""
     mean = logits.mean(dim=(1, 2), keepdim=True)
     squares = (logits - mean).square().sum(dim=(1, 2), keepdim=True)
@@ -97,10 +97,8 @@ def image_moments(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch_moments(
-    logits: torch.Tensor,
-    usable: torch.Tensor,
-    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: Tensor, usable: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and unbiased variance over the usable images' cells.
 
     Args:
@@ -118,7 +116,7 @@ def batch_moments(
     return mean, sum_over_processes(squares) / (count - 1).clamp(min=1), count
 
 
-def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+def _sum_over_processes(tensor: Tensor) -> Tensor:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return _AllReduceSum.apply(tensor)
     return tensor
@@ -128,13 +126,13 @@ class _AllReduceSum(torch.autograd.Function):
     """The sum over all processes; its gradient is the sum of the processes' gradients."""
 
     @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(context: Any, tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         distributed.all_reduce(tensor)
         return tensor
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         distributed.all_reduce(gradient)
         return gradient

@@ -6,7 +6,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from .configuration_region import RegionConfig
@@ -75,7 +75,7 @@ class TimmTrunk(nn.Module):
         self.num_features = self.model.feature_info.channels()[-1]
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model(pixel_values)[-1]
         return features.permute(0, 3, 1, 2) if self.channels_last else features
 
@@ -88,7 +88,7 @@ class FoldingSequential(nn.Sequential):
     hold few layers in an `nn.Sequential`, so most of theirs are not folded.
     """
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         layers = list(self)
         while layers:
             layer = layers.pop(0)
@@ -127,7 +127,7 @@ def _is_hooked(layer: nn.Module) -> bool:
     return "forward" in vars(layer) or any(hooks)
 
 
-def folded_weights(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def folded_weights(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals `convolution` followed by `norm` in evaluation mode.
 
     As `torch.nn.utils.fusion.fuse_conv_bn_weights`, whose result is `nn.Parameter`s: these would cut the gradient, and

@@ -8,12 +8,13 @@ import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .configuration_region import RegionConfig
 from .scorer_trunk import TORCHVISION_LAYERS, TimmTrunk
 
 
-def download_trunk_weights(config: RegionConfig, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def download_trunk_weights(config: RegionConfig, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trunk's tensors from the default weights of its library; `expected` is the trunk's state dict."""
     name = config.scorer
     if name.startswith("timm/"):
@@ -24,8 +25,8 @@ def download_trunk_weights(config: RegionConfig, expected: Mapping[str, torch.Te
 
 
 def select_trunk_weights(
-    state_dict: Mapping[str, torch.Tensor], scorer: str, expected: Mapping[str, torch.Tensor], source: str
-) -> dict[str, torch.Tensor]:
+    state_dict: Mapping[str, Tensor], scorer: str, expected: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
     """Select the trunk's tensors from the state dict of a whole model, or of a trunk.
 
     Args:
@@ -54,7 +55,7 @@ def select_trunk_weights(
     return selected
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"Scorer weights {path} do not exist.")
     try:
@@ -63,6 +64,6 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as error:
         raise ValueError(f"Scorer weights {path} are damaged, or cannot be read without executing code.") from error
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"Scorer weights {path} are not a state dict: a mapping of names to tensors is accepted.")
     return dict(state_dict)

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
@@ -30,9 +31,7 @@ logger = logging.get_logger(__name__)
 USE_CUDA_KERNEL = True
 
 
-def selective_scan(
-    x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backwards: bool = False
-) -> torch.Tensor:
+def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, backwards: bool = False) -> Tensor:
     """Scan sequences, in float32 at least.
 
     Time and memory grow linearly with L. For the gradient, one state of each block of tokens is kept and the others are
@@ -54,9 +53,7 @@ def selective_scan(
         return _scan(*sequences, A.to(sequences[0].dtype), backwards).to(x.dtype)
 
 
-def _scan(
-    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, A: torch.Tensor, backwards: bool
-) -> torch.Tensor:
+def _scan(x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, backwards: bool) -> Tensor:
     """Choose the implementation: for exporters, for `torch.compile`, mamba_ssm's kernel, or the blockwise scan."""
     if is_torchdynamo_exporting() or torch.jit.is_tracing():
         return _scan_in_graph(x, delta, B, C, _rates(A), backwards)
@@ -91,14 +88,8 @@ def _kernel_of_the_hub() -> Callable:
 
 
 def _scan_by_kernel(
-    kernel: Callable,
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    A: torch.Tensor,
-    backwards: bool,
-) -> torch.Tensor:
+    kernel: Callable, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, backwards: bool
+) -> Tensor:
     """The scan by mamba_ssm's kernel, which takes channels before tokens and scans only forwards."""
     if backwards:
         return _scan_by_kernel(kernel, *(tensor.flip(1) for tensor in (x, delta, B, C)), A, False).flip(1)
@@ -106,14 +97,12 @@ def _scan_by_kernel(
     return kernel(x, delta, A, B, C).transpose(1, 2)
 
 
-def _rates(A: torch.Tensor) -> torch.Tensor:
+def _rates(A: Tensor) -> Tensor:
     """Rates of decay (E, S) -> (S, E), to the base 2, because exp2 is faster than exp on a CPU."""
     return (A * math.log2(math.e)).t().contiguous()
 
 
-def _scan_in_graph(
-    x: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, rates: torch.Tensor, backwards: bool
-) -> torch.Tensor:
+def _scan_in_graph(x: Tensor, delta: Tensor, B: Tensor, C: Tensor, rates: Tensor, backwards: bool) -> Tensor:
     """The scan with a new tensor for each result, for exporters: √L chunks of √L tokens."""
     # A number, also where a free batch size turns sizes into symbols.
     length = operator.index(x.shape[1])
