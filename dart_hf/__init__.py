@@ -1,6 +1,6 @@
 """DART in transformers: vision transformers whose tokens follow the content of the image.
 
-Importing this package registers the models with transformers' Auto classes; nothing else happens.
+Importing this package registers the models with transformers' Auto classes. Nothing else happens.
 """
 
 from typing import Any
@@ -33,6 +33,10 @@ for _config, _model, _classifier in (
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")
     _classifier.register_for_auto_class("AutoModelForImageClassification")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

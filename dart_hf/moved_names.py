@@ -21,19 +21,18 @@ MOVED = {
         "SeededRows": "dart_hf.data",
         "training_transform": "dart_hf.data",
     },
+    "dart_hf.averaging": {"load_average": "dart_hf.training"},
     "dart_hf.calibration": {
         "calibrate_model": "dart_hf.evaluation.calibration",
         "calibrate_scores": "dart_hf.evaluation.calibration",
     },
-    "dart_hf.checkpoints": {
-        "latest_complete_checkpoint": "dart_hf.training.checkpoints",
-        "remove_incomplete_checkpoints": "dart_hf.training.checkpoints",
-    },
+    "dart_hf.checkpoints": {"latest_complete_checkpoint": "dart_hf.training"},
     "dart_hf.digits_on_photos": {"digits_on_photos": "dart_hf.data.digits_on_photos"},
-    "dart_hf.distillation": {"DistillationLoss": "dart_hf.training.distillation"},
+    "dart_hf.distillation": {"DistillationLoss": "dart_hf.training"},
     "dart_hf.labels": {"match_labels": "dart_hf.data"},
-    "dart_hf.losses": {"soft_target_cross_entropy": "dart_hf.training.losses"},
+    "dart_hf.losses": {"soft_target_cross_entropy": "dart_hf.training"},
     "dart_hf.metrics": {"classification_accuracy": "dart_hf.evaluation.metrics"},
+    "dart_hf.optimization": {"parameter_groups": "dart_hf.training"},
     "dart_hf.pictures": {"draw_regions": "dart_hf.visualization", "save_figure": "dart_hf.visualization"},
     "dart_hf.prediction": {
         "load_model": "dart_hf.hub.loading",
@@ -41,6 +40,14 @@ MOVED = {
     },
     "dart_hf.publishing": {"publish": "dart_hf.hub.publishing"},
     "dart_hf.region_statistics": {"count_regions_on_boxes": "dart_hf.evaluation.region_statistics"},
+}
+# Old name -> what to use now. DartTrainer and Recipe are in dart_hf.training.
+GONE = {
+    "dart_hf.averaging.EmaCallback": "DartTrainer averages the weights with Recipe(ema_decay=…)",
+    "dart_hf.checkpoints.CompleteCheckpointCallback": "DartTrainer writes complete checkpoints",
+    "dart_hf.checkpoints.RandomStateCallback": "DartTrainer saves and loads the state of all random generators",
+    "dart_hf.checkpoints.resume_training": "use DartTrainer.train(resume_from_checkpoint=…)",
+    "dart_hf.optimization.layerwise_optimizer": "DartTrainer takes Recipe(layer_decay=…)",
 }
 
 
@@ -59,6 +66,8 @@ class MovedModules(MetaPathFinder, Loader):
         old, names = module.__name__, MOVED[module.__name__]
 
         def moved(name: str) -> Any:
+            if (gone := f"{old}.{name}") in GONE:
+                raise ImportError(f"{gone} is no longer there: {GONE[gone]}.")
             if name not in names:
                 raise AttributeError(f"module {old!r} has no attribute {name!r}")
             warnings.warn(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import dart_hf
 from dart_hf.moved_names import MOVED
 
 
@@ -32,10 +33,24 @@ def test_import_statements_find_old_modules(code):
     assert callable(found["found"])
 
 
-@pytest.mark.parametrize("code", ["from dart_hf.losses import paint", "import dart_hf.paint"])
-def test_unknown_old_names_are_errors(code):
-    with pytest.raises(ImportError, match="paint"):
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("from dart_hf.losses import paint", "cannot import name 'paint'"),
+        ("import dart_hf.paint", "No module named 'dart_hf.paint'"),
+        ("from dart_hf.averaging import EmaCallback", r"no longer there: DartTrainer averages .* Recipe\(ema_decay="),
+    ],
+)
+def test_names_that_are_not_there_are_errors(code, words):
+    with pytest.raises(ImportError, match=words):
         exec(code, {})
+
+
+def test_trainer_is_imported_when_it_is_used():
+    assert "DartTrainer" in dir(dart_hf) and "DartTrainer" in dart_hf.__all__
+    assert dart_hf.DartTrainer is importlib.import_module("dart_hf.training").DartTrainer
+    with pytest.raises(AttributeError, match="has no attribute 'paint'"):
+        dart_hf.paint  # noqa: B018
 
 
 def test_import_of_dart_hf_imports_no_room():
