@@ -101,7 +101,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] in extra]:
 sys.modules.update(dict.fromkeys(extra))
 
 import dart_hf
-import dart_hf.benchmark, dart_hf.evaluation, dart_hf.export, dart_hf.hub.publishing, dart_hf.training.command
+import dart_hf.benchmark, dart_hf.evaluation, dart_hf.export, dart_hf.hub.publishing, dart_hf.training.run
 from dart_hf.cli.main import app
 from dart_hf.quickstart import small_dart
 

@@ -65,7 +65,7 @@ def summary(model: PreTrainedModel, data: ImageData) -> str:
         for split in (data.train, data.evaluation or [])
     )
     also = f", {tested} to evaluate{held_out}" if data.evaluation is not None else ""
-    classes = "regression" if data.problem_type == "regression" else f"{len(data.label_names)} classes"
+    classes = "Regression" if data.problem_type == "regression" else f"{len(data.label_names)} classes"
     return (
         f"{classes}: {trained} to learn from{also}; "
         f"{model.num_parameters() / 1e6:.1f} million weights, {model.config.num_patches} tokens an image."
