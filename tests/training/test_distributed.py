@@ -1,4 +1,4 @@
-"""Two processes learn what one does with the same images a step: the scores are standardised over all of them."""
+"""Two processes learn what one does with the same images in each step: scores are standardised over both."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from dart_hf.data.digits_on_photos import digits_on_photos
 
 SIDE = 64
 STEPS = 8
-# Of the losses and weights, relative: two processes add up in another order than one.
+# Relative tolerance of losses and weights: two processes add up in another order than one.
 TOLERANCE = 1e-5
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -89,12 +89,13 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one(run, two, start):
     one = run(1, "one")
     assert losses(two) == pytest.approx(losses(one), rel=TOLERANCE)
     before, alone, together = (load_file(folder / "model.safetensors") for folder in (start, one, two))
     for name, expected in alone.items():
-        # What the loss does not depend on moves by rounding errors alone.
+        # Weights that the loss does not depend on move by rounding errors alone.
         torch.testing.assert_close(
             together[name], expected, rtol=TOLERANCE, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -102,7 +103,8 @@ def test_two_processes_learn_as_one(run, two, start):
         assert not torch.equal(alone[f"dart.tokenizer.scorer.{name}"], before[f"dart.tokenizer.scorer.{name}"])
 
 
-def test_two_processes_go_on_where_they_were(run, two, tmp_path):
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_weights(run, two, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(two, broken)
     shutil.rmtree(broken / f"checkpoint-{STEPS}")
@@ -117,12 +119,12 @@ def test_accelerate_reads_the_configurations(name):
     config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
     assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp": "FSDP"}[name]
     if name == "fsdp":
-        # Left to each model.
+        # Each model names its own units.
         assert "fsdp_transformer_layer_cls_to_wrap" not in config.fsdp_config
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)
-def test_the_units_of_fsdp_are_modules_of_the_model(model_type):
+def test_units_of_fsdp_are_modules_of_the_model(model_type):
     model = tiny_classifier(model_type=model_type)
     found = {type(module).__name__ for module in model.modules()}
     assert set(model._no_split_modules) <= found and "RegionScorer" in model._no_split_modules

@@ -43,61 +43,31 @@ def grouped(model, **settings):
     return {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
 
 
-def layer(index):
-    """The groups of encoder layer `index`: what decays and what does not."""
-    attention = [f"attention.{part}_proj" for part in "qkvo"]
-    matrices = {f"dart.layers.{index}.{part}" for part in (*attention, "mlp.fc1", "mlp.fc2")}
-    norms = {f"dart.layers.{index}.{part}" for part in ("layernorm_before", "layernorm_after")}
-    decays, stays = {f"{part}.weight" for part in matrices}, {f"{part}.bias" for part in matrices | norms}
-    return {
-        f"depth_{index + 1}": decays,
-        f"depth_{index + 1}_no_decay": stays | {f"{part}.weight" for part in norms},
+@pytest.mark.parametrize("scorer", ["conv", "squeezenet1_1"])
+@pytest.mark.parametrize("scorer_learning_rate", [None, 1e-3])
+def test_every_parameter_is_in_the_group_of_its_depth_and_kind(scorer, scorer_learning_rate):
+    model = tiny_dart(scorer=scorer)
+
+    def expected_group(name):
+        if ".scorer." in name and scorer_learning_rate is not None:
+            depth = "scorer"
+        elif ".layers." in name:
+            depth = f"depth_{int(name.split('.')[2]) + 1}"
+        else:
+            depth = "depth_0" if "tokenizer" in name or "cls_token" in name else "depth_3"
+        matrix = dict(model.named_parameters())[name].ndim > 1 and not name.endswith(("cls_token", "_embeddings"))
+        return depth if matrix else f"{depth}_no_decay"
+
+    groups = grouped(model, scorer_learning_rate=scorer_learning_rate)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert ("dart.tokenizer.scorer.trunk.0.0.weight" in names) == (scorer == "conv")
+    assert {name: group for group, members in groups.items() for name in members} == {
+        name: expected_group(name) for name in names
     }
+    assert len(names) == sum(map(len, groups.values()))
 
 
-HEAD_AND_LAYERS = {
-    "depth_3": {"classifier.weight"},
-    "depth_3_no_decay": {"classifier.bias", "dart.layernorm.weight", "dart.layernorm.bias"},
-    **layer(0),
-    **layer(1),
-}
-TOKENS = {"dart.tokenizer.projection.weight"}
-TOKENS_NO_DECAY = {"dart.tokenizer.projection.bias", "dart.tokenizer.position_embeddings", "dart.cls_token"}
-SCORER_HEAD = {f"dart.tokenizer.scorer.head.{part}.weight" for part in ("fc1", "fc2")}
-SCORER_HEAD_NO_DECAY = {f"dart.tokenizer.scorer.head.{part}.bias" for part in ("fc1", "fc2")}
-CONV_TRUNK = {f"dart.tokenizer.scorer.trunk.{stage}.0.weight" for stage in range(3)}
-CONV_TRUNK_NO_DECAY = {
-    f"dart.tokenizer.scorer.trunk.{stage}.1.{part}" for stage in range(3) for part in ("weight", "bias")
-}
-
-
-def test_groups_of_a_model_with_a_frozen_trunk():
-    assert grouped(tiny_dart(scorer="squeezenet1_1"), scorer_learning_rate=1e-3) == {
-        **HEAD_AND_LAYERS,
-        "depth_0": TOKENS,
-        "depth_0_no_decay": TOKENS_NO_DECAY,
-        "scorer": SCORER_HEAD,
-        "scorer_no_decay": SCORER_HEAD_NO_DECAY,
-    }
-
-
-def test_groups_of_a_model_with_a_trunk_that_trains():
-    assert grouped(tiny_dart(), scorer_learning_rate=1e-3) == {
-        **HEAD_AND_LAYERS,
-        "depth_0": TOKENS,
-        "depth_0_no_decay": TOKENS_NO_DECAY,
-        "scorer": SCORER_HEAD | CONV_TRUNK,
-        "scorer_no_decay": SCORER_HEAD_NO_DECAY | CONV_TRUNK_NO_DECAY,
-    }
-
-
-def test_without_a_rate_of_its_own_the_scorer_is_part_of_the_tokenizer():
-    groups = grouped(tiny_dart())
-    assert groups["depth_0"] == TOKENS | SCORER_HEAD | CONV_TRUNK
-    assert groups["depth_0_no_decay"] == TOKENS_NO_DECAY | SCORER_HEAD_NO_DECAY | CONV_TRUNK_NO_DECAY
-
-
-def test_the_distillation_token_and_head():
+def test_distillation_token_and_head():
     groups = grouped(tiny_dart(distillation_token=True, distillation_head=True))
     assert groups["depth_0_no_decay"] > {"dart.cls_token", "dart.distillation_token"}
     assert groups["depth_3"] == {"classifier.weight", "distillation_classifier.weight"}
@@ -120,16 +90,11 @@ def test_each_group_learns_at_its_rate():
     assert {group["lr"] for group in parameter_groups(tiny_dart(), LEARNING_RATE, WEIGHT_DECAY)} == {LEARNING_RATE}
 
 
-def test_only_trainable_parameters_are_grouped_each_once():
-    model = tiny_dart(scorer="squeezenet1_1")
+def test_frozen_layer_is_still_a_layer():
+    model = tiny_dart()
     model.dart.layers[0].requires_grad_(False)
-    groups = parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY, 0.5, 1e-3)
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    assert len(grouped) == len(set(grouped))
-    assert set(grouped) == trainable
-    # A frozen layer is still a layer.
-    assert {group["name"]: group["lr"] for group in groups}["depth_0"] == pytest.approx(LEARNING_RATE * 0.5**3)
+    rates = {group["name"]: group["lr"] for group in parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY, 0.5)}
+    assert rates["depth_0"] == pytest.approx(LEARNING_RATE * 0.5**3) and "depth_1" not in rates
 
 
 class FsdpUnit(nn.Module):
@@ -232,20 +197,20 @@ def test_optimizer_that_groups_by_itself_is_refused_only_with_rates_of_ours(tmp_
     assert group["params"] == [weight]
 
 
-def test_the_depths_of_a_vision_mamba():
+def test_depths_of_a_vision_mamba():
     config = DartVimConfig(hidden_size=8, num_hidden_layers=2, scorer="conv", num_labels=3)
     groups = grouped(DartVimForImageClassification(config))
     assert groups["depth_0_no_decay"] >= {"dart_vim.cls_token", "dart_vim.tokenizer.position_embeddings"}
     mixer = "dart_vim.layers.1.mixer"
     assert {f"{mixer}.in_proj.weight", f"{mixer}.backward_scan.dt_proj.weight"} <= groups["depth_2"]
-    # Rates of decay are no weights of a layer.
+    # Rates of decay are not weights of a layer.
     assert {f"{mixer}.forward_scan.{name}" for name in ("A_log", "D")} <= groups["depth_2_no_decay"]
     assert groups["depth_3"] == {"classifier.weight"}
     assert groups["depth_3_no_decay"] == {"classifier.bias", "dart_vim.norm.weight"}
 
 
-def test_the_depths_of_stages():
-    """Each layer of each stage has its own, and the step down to the next stage that of the layer before it."""
+def test_depths_of_stages():
+    """Each layer of each stage has its own depth. The step down to the next stage has that of the layer before it."""
     stages = {
         "hidden_sizes": (8, 16),
         "depths": (2, 1),
