@@ -22,9 +22,6 @@ def data_fingerprint(split: datasets.Dataset | datasets.IterableDataset | None) 
 
     Returns:
         Hexadecimal digits; None for a stream, whose rows cannot be listed, and for None.
-
-    Raises:
-        OSError: An image file does not exist.
     """
     if not isinstance(split, datasets.Dataset):
         return None
@@ -41,7 +38,7 @@ def data_fingerprint(split: datasets.Dataset | datasets.IterableDataset | None) 
     digest = hashlib.sha256()
     for path, size, label in zip(paths, sizes, labels, strict=True):
         if size is None:
-            path, size = os.path.relpath(path, root), os.path.getsize(path)
+            path, size = os.path.relpath(path, root), os.path.getsize(path) if os.path.exists(path) else None
         digest.update(json.dumps([path, size, label]).encode())
     return digest.hexdigest()
 

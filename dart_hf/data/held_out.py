@@ -6,7 +6,7 @@ An image is recognised by its file's contents. So the record survives a moved or
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import datasets
@@ -21,12 +21,12 @@ def held_out_record(split: datasets.Dataset) -> dict[str, Any]:
         split: Column `image`, undecoded as [`load_image_data`] gives it or decoded.
 
     Returns:
-        `{"images": [{"bytes": size, "sha256": digest}, ...]}` in the order of the rows.
+        `{"images": [{"bytes": size, "sha256": digest}, ...]}` in the order of the rows, without missing files.
 
     Raises:
         OSError: A file cannot be read.
     """
-    return {"images": [{"bytes": size, "sha256": digest()} for size, digest in _contents(split)]}
+    return {"images": [{"bytes": size, "sha256": digest()} for _, size, digest in _contents(split)]}
 
 
 def select_held_out(split: datasets.Dataset, record: Mapping[str, Any]) -> datasets.Dataset:
@@ -46,7 +46,7 @@ def select_held_out(split: datasets.Dataset, record: Mapping[str, Any]) -> datas
     except (KeyError, TypeError) as error:
         raise ValueError(f"{HELD_OUT_FILE} has no record of held-out images.") from error
     found = []
-    for row, (size, digest) in enumerate(_contents(split)):
+    for row, size, digest in _contents(split):
         # A file of another size needs no reading.
         if size in sizes and wanted[key := digest()] > 0:
             wanted[key] -= 1
@@ -59,15 +59,15 @@ def select_held_out(split: datasets.Dataset, record: Mapping[str, Any]) -> datas
     return split.select(found)
 
 
-def _contents(split: datasets.Dataset) -> Iterator[tuple[int, Any]]:
-    """The size in bytes of each image's file, and a function that gives its SHA-256."""
+def _contents(split: datasets.Dataset) -> Iterator[tuple[int, int, Callable[[], str]]]:
+    """The row, the size in bytes and a function that gives the SHA-256 of each image's file that exists."""
     images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    for row in images:
+    for number, row in enumerate(images):
         path, content = row["image"]["path"], row["image"]["bytes"]
-        if content is None:
-            yield os.path.getsize(path), lambda path=path: _file_digest(path)
-        else:
-            yield len(content), lambda content=content: hashlib.sha256(content).hexdigest()
+        if content is not None:
+            yield number, len(content), lambda content=content: hashlib.sha256(content).hexdigest()
+        elif os.path.exists(path):
+            yield number, os.path.getsize(path), lambda path=path: _file_digest(path)
 
 
 def _file_digest(path: str) -> str:

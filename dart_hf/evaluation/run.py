@@ -106,7 +106,7 @@ def run_evaluation(
         "data": {
             "source": absolute_source(os.fspath(data)),
             "subset": subset,
-            "split": "held out of train" if held_out else split or str(images.split),
+            "split": "held out of train" if held_out else split or loaded.evaluation_split,
         },
         **asdict(evaluation),
         "budgets": [budget.to_dict() for budget in evaluation.budgets],

@@ -75,6 +75,16 @@ def add(pets: Path) -> None:
     Image.new("RGB", (8, 8)).save(pets / "dog" / "99.png")
 
 
+def test_a_file_that_does_not_exist_is_no_held_out_image(pets, tmp_path):
+    expected = held_out_record(load_image_data(pets).train)
+    before = data_fingerprint(load_image_data(pets).train)
+    (pets / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
+    train = load_image_data(pets).train
+    assert (len(train), held_out_record(train)) == (21, expected)
+    assert len(select_held_out(train, expected)) == 20
+    assert data_fingerprint(train) != before
+
+
 @pytest.mark.parametrize("change", [rename, relabel, replace, add])
 def test_the_fingerprint_changes_with_the_data_but_not_with_its_place(pets, tmp_path, change):
     before = data_fingerprint(load_image_data(pets).train)
