@@ -20,6 +20,7 @@ from dart_hf.conversion.encoder_settings import Reading
 from dart_hf.conversion.encoders import ENCODERS, Encoder, recognise_encoder
 from dart_hf.conversion.tensors import Tensors, renamed_tensors
 from dart_hf.files import atomic_folder, check_output_folder
+from dart_hf.hub.loading import without_warnings
 from dart_hf.hub_errors import hub_reason
 from dart_hf.modeling.configuration_region import RegionConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
@@ -99,7 +100,8 @@ def convert_checkpoint(
     tensors, args_model = read_checkpoint(path, ema)
     variant = variant or _infer_variant(path, args_model)
     config, state = convert_state_dict(tensors, variant)
-    model = VARIANTS[variant].encoder.model_class(config)
+    with without_warnings():  # of a scorer that has no weights yet
+        model = VARIANTS[variant].encoder.model_class(config)
     model.load_state_dict(state)
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)

@@ -19,7 +19,7 @@ from dart_hf.conversion.vit_source import ViT
 from dart_hf.conversion.vit_timm import add_default_tag, read_timm_vit
 from dart_hf.conversion.vit_transformers import read_transformers_vit
 from dart_hf.files import atomic_folder, check_output_folder
-from dart_hf.hub.loading import load_config
+from dart_hf.hub.loading import load_config, without_warnings
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification
@@ -124,7 +124,8 @@ def _build_dart(vit: ViT, scorer: str | None) -> DartForImageClassification:
         scorer=scorer or preset.scorer,
         score_grid_size=vit.grid_size,
     )
-    model = DartForImageClassification(config).eval()
+    with without_warnings():  # dart_from_vit reports a scorer without weights
+        model = DartForImageClassification(config).eval()
     state = model.state_dict()
     renamed = renamed_tensors(vit.tensors, {name: tensor.shape for name, tensor in state.items()}, vit.names)
     new_scorer = {name: tensor for name, tensor in state.items() if name.startswith("dart.tokenizer.scorer.")}

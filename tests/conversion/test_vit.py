@@ -33,7 +33,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor, DartModel
+from dart_hf import DartForImageClassification, DartImageProcessor, DartModel
 from dart_hf.cli.main import app
 from dart_hf.conversion import vit, vit_timm
 from dart_hf.conversion.vit import convert_vit
@@ -317,14 +317,6 @@ def test_scorer_is_that_of_the_preset_of_this_width(width, scorer, tmp_path):
     assert len(reported) == 1 and f"{scorer!r} has no weights yet: call model.load_pretrained_scorer()" in reported[0]
 
 
-def test_scorer_that_trains_needs_no_weights(tmp_path):
-    transformers_source(tmp_path / "source")
-    model = convert(tmp_path, scorer="conv", partition="flow", report=pytest.fail)
-    assert (model.config.scorer, model.config.partition) == ("conv", "flow")
-    model.train()(images(model), labels=torch.tensor([0, 1])).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
 def test_scorer_weights_come_from_the_library_or_a_file(tmp_path, monkeypatch):
     transformers_source(tmp_path / "source")
     trunk = mobilenet_v3_small(weights=None)
@@ -386,18 +378,6 @@ def test_unusable_options_are_refused(tmp_path):
 )
 def test_timm_model_with_other_parts_is_refused(name, model_args, message, tmp_path):
     timm_source(tmp_path / "source", name, **{"img_size": 56 if "patch14" in name else SIDE, **model_args})
-    check_refused(message, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"patch_size": [16, 32]}, "patch_size is 16×32; only squares"),
-        ({"image_size": 70}, "image_size 70 is not a multiple of its patch_size 16"),
-    ],
-)
-def test_transformers_model_with_other_shapes_is_refused(settings, message, tmp_path):
-    transformers_source(tmp_path / "source", **settings)
     check_refused(message, tmp_path)
 
 
@@ -497,13 +477,6 @@ def test_missing_source_is_refused(tmp_path, monkeypatch):
     (tmp_path / "vit.pth").touch()
     check_refused("'vit.pth' is a file; give the model's folder", tmp_path, "vit.pth", NotADirectoryError)
     check_refused("the Hub did not give a model of that name", tmp_path, "no/body", OSError)
-
-
-def test_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    timm_source(Path("timm/vit_tiny_patch16_224"))
-    folder = convert_vit("timm/vit_tiny_patch16_224", "output", report=lambda sentence: None)
-    assert DartConfig.from_pretrained(folder).id2label == dict(enumerate(LABELS))
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,6 @@ ROUTES = [
     ("POST", rf"/{NAME}\.git/info/lfs/objects/verify", "lfs_verify"),
     ("POST", rf"{API}/commit/{REVISION}", "commit"),
     ("POST", rf"{API}/branch/(?P<branch>[^/]+)", "branch"),
-    ("GET", rf"{API}/refs", "refs"),
     ("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.*))?", "tree"),
     ("POST", rf"{API}/paths-info/{REVISION}", "paths_info"),
     ("GET", rf"{API}(?:/revision/{REVISION})?", "info"),
@@ -366,16 +365,6 @@ class Api:
         start = request.json().get("startingPoint", "main")
         self._writable(request, name).add_ref(f"refs/heads/{branch}", start)
         return as_json({})
-
-    def refs(self, request: Request, name: str) -> Answer:
-        refs = self._readable(request, name).refs
-
-        def below(start: str) -> list[dict[str, str]]:
-            found = [(ref, commit) for ref, commit in refs.items() if ref.startswith(start)]
-            return [{"name": ref.removeprefix(start), "ref": ref, "targetCommit": commit} for ref, commit in found]
-
-        kinds = {"branches": "heads", "tags": "tags", "pullRequests": "pr", "converts": "convert"}
-        return as_json({kind: below(f"refs/{part}/") for kind, part in kinds.items()})
 
     def tree(self, request: Request, name: str, revision: str, path: str | None) -> Answer:
         files = self._readable(request, name).find(revision).files
