@@ -2,8 +2,8 @@
 
     python benchmarks/fine_tuning.py --output FILE
 
-The pictures are written to a folder. The command trains on them with the settings in `fine_tuning.yaml`. Then a
-pipeline reads the test pictures with the saved model.
+The images are written to a folder. The command trains on them with the settings in `fine_tuning.yaml`. Then a
+pipeline reads the test images with the saved model.
 """
 
 import json
@@ -29,7 +29,7 @@ PLACEMENTS = {"train": 20, "test": 3}
 
 def main(
     output: Annotated[Path, typer.Option(help="The JSON file to write.")],
-    seed: Annotated[int, typer.Option(help="Random seed of the pictures, the initial weights and the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the images, the initial weights and the training.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: those of fine_tuning.yaml.")] = None,
 ) -> None:
@@ -62,7 +62,7 @@ def main(
             "seconds": round(seconds, 1),
             "accuracy": pipeline_accuracy(model, test),
         }
-    typer.echo(f"{results['accuracy']:.1%} of {len(test):,} test pictures after {seconds:.0f} seconds")
+    typer.echo(f"{results['accuracy']:.1%} of {len(test):,} test images after {seconds:.0f} seconds")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
 

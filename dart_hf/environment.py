@@ -34,7 +34,7 @@ def require_packages(purpose: str, extra: str, *modules: str) -> None:
     """Check that optional packages are installed.
 
     Args:
-        purpose: What needs them, as the start of the error's sentence: `"Drawing"`.
+        purpose: The purpose that needs them, as the start of the error message: `"Drawing"`.
         extra: The extra of this package that installs them.
         modules: The names by which they are imported.
 

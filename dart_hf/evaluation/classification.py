@@ -77,7 +77,7 @@ class Evaluation:
 
 @dataclass
 class _Outputs:
-    """What a model computed with one budget: an answer and a label for each image, and the time of each batch.
+    """The outputs of a model with one budget: an answer and a label for each image, and the time of each batch.
 
     The answers of single-label classification are the likeliest classes, and not the logits, which would take gigabytes
     for a large data set with many classes.

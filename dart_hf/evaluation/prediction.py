@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts for an image file.
+    """The answers of a model for an image file.
 
     Args:
         image: The file.

@@ -52,8 +52,8 @@ def run_evaluation(
     Args:
         source: The model, as for [`load_model`].
         data, subset, split: The images, as for [`load_image_data`]; `split` is its `evaluation_split`.
-        held_out: Evaluate on the training images that the model's training held out; the share that it was given. Which
-            images these are is read from `held_out.json` in the model's folder.
+        held_out: The share of the training images that the model's training held out. The evaluation uses exactly these
+            images, which `held_out.json` in the model's folder records.
         limit: Use at most this many images, evenly spread over the data set.
         budgets, batch_size, score_normalization, skip_unreadable, workers, progress: As for [`evaluate_classifier`].
         output: JSON file for the results.
