@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -34,20 +34,17 @@ def checked(config_class: type) -> type:
         if name in config_class.at_least_1 and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
-    config_class.__setattr__ = set_setting
-    config_class.validate = _with_value_errors(config_class.validate)
-    return config_class
+    validate_checked = config_class.validate
 
-
-def _with_value_errors(validate: Callable[[PreTrainedConfig], None]) -> Callable[[PreTrainedConfig], None]:
-    @functools.wraps(validate)
-    def validate_with_value_errors(self: PreTrainedConfig) -> None:
+    @functools.wraps(validate_checked)
+    def validate(self: PreTrainedConfig) -> None:
         try:
-            validate(self)
+            validate_checked(self)
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__)) from error
 
-    return validate_with_value_errors
+    config_class.__setattr__, config_class.validate = set_setting, validate
+    return config_class
 
 
 def _accepted(hint: Any) -> str:

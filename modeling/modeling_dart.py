@@ -229,7 +229,9 @@ class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):
         self.post_init()
 
     def base_model_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"class_token_only": not self._returns_more_than_logits(kwargs)}
+        # Hidden states and attentions are of all tokens.
+        flags = (f"output_{name}" for name in self._can_record_outputs)
+        return {"class_token_only": not any(kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)}
 
     def classify(self, outputs: DartModelOutput) -> DistilledImageClassifierOutput:
         logits = self.classifier(outputs.pooler_output)
@@ -239,11 +241,6 @@ class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):
         return DistilledImageClassifierOutput(
             logits=(logits + of_distillation_token) / 2, cls_logits=logits, distillation_logits=of_distillation_token
         )
-
-    def _returns_more_than_logits(self, kwargs: Mapping[str, Any]) -> bool:
-        """Tell if a call with these arguments returns hidden states or attentions."""
-        flags = (f"output_{name}" for name in self._can_record_outputs)
-        return any(kwargs.get(flag, getattr(self.config, flag, None)) for flag in flags)
 
 
 __all__ = ["DartForImageClassification", "DartModel", "DartPreTrainedModel"]

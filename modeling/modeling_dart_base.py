@@ -225,7 +225,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its weights, with the arguments and results of `ALL_ATTENTION_FUNCTIONS`."""
+    """Attention that also returns its weights, with the arguments and results of `ALL_ATTENTION_FUNCTIONS`.
+
+    transformers' own rounds float64 to float32.
+    """
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask

@@ -152,22 +152,15 @@ class DartRmtRetention(nn.Module):
         query = rotate(split_heads(self.q_proj(hidden_states)), positions)
         key = rotate(split_heads(self.k_proj(hidden_states)), positions)
         value = self.v_proj(hidden_states)
-        attend = self.attend_along_the_axes if self.chunkwise else self.attend_over_the_map
-        retained = attend(query, key, split_heads(value), *positions.decays)
+        if self.chunkwise:
+            along_width, along_height = positions.decays
+            retained = self.attend(query, key, split_heads(value), along_width)
+            columns = (states.transpose(1, 2) for states in (query, key, retained))
+            retained = self.attend(*columns, along_height).transpose(1, 2)
+        else:
+            sequences = (states.flatten(1, 2).unsqueeze(1) for states in (query, key, split_heads(value)))
+            retained = self.attend(*sequences, *positions.decays).view_as(query)
         return self.o_proj(self.local_conv(value) + retained.flatten(-2))
-
-    def attend_along_the_axes(
-        self, query: Tensor, key: Tensor, value: Tensor, decay_along_width: Tensor, decay_along_height: Tensor
-    ) -> Tensor:
-        """Attend along each row, then along each column. All tensors except the decays are (B, h, w, heads, E)."""
-        value = self.attend(query, key, value, decay_along_width)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        return self.attend(query, key, value, decay_along_height).transpose(1, 2)
-
-    def attend_over_the_map(self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
-        """Attend over all positions. All tensors except the decay are (B, h, w, heads, E)."""
-        sequences = (states.flatten(1, 2).unsqueeze(1) for states in (query, key, value))
-        return self.attend(*sequences, decay).view_as(query)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
         """Attend within each of the S sequences of an image. All tensors except the decay are (B, S, L, heads, E)."""

@@ -82,7 +82,10 @@ class RegionScorer(nn.Module):
         An image whose logits are constant, infinite or NaN gets constant scores. When a trunk trains, its BatchNorm
         sees zeros in place of an image with infinite or NaN pixels.
         """
-        self._warn_once_if_dead()
+        # Once per model, because reading the flag waits for the device.
+        if not torch.compiler.is_compiling() and not self._trunk_checked:
+            self._trunk_checked = True
+            self.warn_if_dead()
         with maybe_autocast(pixel_values.device.type, enabled=False):
             # A replica of nn.DataParallel has no parameters.
             weight = next(self.trunk.parameters(), self.statistics.running_mean)
@@ -147,20 +150,18 @@ class RegionScorer(nn.Module):
         """Initialise a trunk that was built without memory as its own library does. Loaded weights stay."""
         if self._built_on_meta:
             fresh = build_trunk(self.config)[0]
-            tensors = zip(_tensors(self.trunk), _tensors(fresh), strict=True)
-            for tensor, initial in tensors:
-                init.copy_(tensor, initial)
+            # All tensors: a state dict lacks the buffers that a trunk computes.
+            for ours, initial in (
+                (self.trunk.parameters(), fresh.parameters()),
+                (self.trunk.buffers(), fresh.buffers()),
+            ):
+                for tensor, value in zip(ours, initial, strict=True):
+                    init.copy_(tensor, value)
 
     def warn_if_dead(self) -> None:
-        """Log a warning if the trunk is frozen and never got weights."""
+        """Log a warning if the trunk is frozen without ever having got weights."""
         if not self.trunk_loaded.is_meta and self.is_dead:
             logger.warning(DEAD_SCORER.format(scorer=self.config.scorer))
-
-    def _warn_once_if_dead(self) -> None:
-        # Once per model, because reading the flag waits for the device.
-        if not torch.compiler.is_compiling() and not self._trunk_checked:
-            self._trunk_checked = True
-            self.warn_if_dead()
 
     @property
     def is_dead(self) -> bool:
@@ -178,11 +179,6 @@ def adopt_running_rule(scorer: RegionScorer, state_dict: Mapping[str, Any], pref
     new = not scorer.statistics.num_batches_tracked.is_meta and scorer.statistics.num_batches_tracked == 0
     if scorer.config.score_normalization == "batch" and new and any(state_dict[key] > 0 for key in tracked):
         scorer.config.score_normalization = "running"
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers, also those that no state dict has."""
-    return [*module.parameters(), *module.buffers()]
 
 
 class PerCellHead(nn.Module):

@@ -79,14 +79,13 @@ class ScoreStatistics(nn.Module):
 
     def _warn_of_missing_statistics(self) -> None:
         # Once per model: reading the counter waits for the device. A compiled model would be compiled again after it.
-        if torch.compiler.is_compiling() or self._running_checked or self.num_batches_tracked.is_meta:
-            return
-        self._running_checked = True
-        if self.num_batches_tracked.item() == 0:
-            logger.warning(
-                "score_normalization='running' has no statistics before the first training step. Until then each image "
-                "is standardised by its own."
-            )
+        if not (torch.compiler.is_compiling() or self._running_checked or self.num_batches_tracked.is_meta):
+            self._running_checked = True
+            if self.num_batches_tracked.item() == 0:
+                logger.warning(
+                    "score_normalization='running' has no statistics before the first training step. Until then each "
+                    "image is standardised by its own."
+                )
 
 
 def image_moments(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,15 +98,12 @@ def image_moments(logits: Tensor) -> tuple[Tensor, Tensor]:
 def batch_moments(
     logits: Tensor, usable: Tensor, sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and unbiased variance over the usable images' cells.
+    """Mean, unbiased variance and number of the usable images' cells, each (1, 1, 1).
 
     Args:
         logits: (B, G, G), zero where not usable.
         usable: (B, 1, 1), bool.
         sum_over_processes: Sums a tensor over all processes. By default there is one process.
-
-    Returns:
-        Mean, variance, and the number of cells; each (1, 1, 1).
     """
     count = (usable.sum() * logits[0].numel()).to(logits.dtype).view(1, 1, 1)
     count, total = sum_over_processes(torch.stack([count, logits.sum().view(1, 1, 1)]))
@@ -123,7 +119,7 @@ def _sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of the processes' gradients."""
+    """The sum over all processes, with its gradient. torch's own is deprecated."""
 
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
@@ -133,6 +129,4 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        distributed.all_reduce(gradient)
-        return gradient
+        return _AllReduceSum.apply(gradient)

@@ -27,13 +27,9 @@ def download_trunk_weights(config: RegionConfig, expected: Mapping[str, Tensor])
 def select_trunk_weights(
     state_dict: Mapping[str, Tensor], scorer: str, expected: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Select the trunk's tensors from the state dict of a whole model, or of a trunk.
+    """The trunk's tensors from the state dict of a whole torchvision or timm model, or of the trunk alone.
 
-    Args:
-        state_dict: The tensors of the torchvision or timm model that the trunk is a part of, or of the trunk alone.
-        scorer: Name of the trunk, as in [`RegionConfig`].
-        expected: The trunk's state dict.
-        source: Where `state_dict` is from, for error messages.
+    `expected` is the trunk's own state dict; `source` is named in errors.
 
     Raises:
         ValueError: A tensor is missing, or has another shape.

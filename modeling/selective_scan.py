@@ -67,24 +67,19 @@ def _scan(x: Tensor, delta: Tensor, B: Tensor, C: Tensor, A: Tensor, backwards: 
 @functools.cache
 def cuda_kernel() -> Callable | None:
     """mamba_ssm's `selective_scan_fn`, from that package or from the Hub through the package `kernels`, or None."""
-    for package, load in (("mamba_ssm", _kernel_of_mamba_ssm), ("kernels", _kernel_of_the_hub)):
+    for package in ("mamba_ssm", "kernels"):
         try:
-            return load()
+            if package == "mamba_ssm":
+                return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+            # The version that transformers 5.23 uses for its own Mamba.
+            return (
+                importlib.import_module(package).get_kernel("kernels-community/mamba-ssm", version=4).selective_scan_fn
+            )
         except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
-                continue
             # A foreign kernel can fail in any way. The blockwise scan works without it.
-            logger.warning(f"The CUDA kernel of the package {package} cannot be used: {error}")
+            if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] != package:
+                logger.warning(f"The CUDA kernel of the package {package} cannot be used: {error}")
     return None
-
-
-def _kernel_of_mamba_ssm() -> Callable:
-    return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-
-
-def _kernel_of_the_hub() -> Callable:
-    # The version that transformers 5.23 uses for its own Mamba.
-    return importlib.import_module("kernels").get_kernel("kernels-community/mamba-ssm", version=4).selective_scan_fn
 
 
 def _scan_by_kernel(

@@ -439,7 +439,7 @@ def test_unsuitable_weights_are_refused_and_change_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"'0\.0\.weight' in shape \(16, 3, 5, 5\)"):
         model.load_pretrained_trunk(tmp_path / "b.pth")
     torch.save({"optimizer": good}, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="no state dict"):
+    with pytest.raises(ValueError, match="are not a state dict"):
         model.load_pretrained_trunk(tmp_path / "c.pth")
     for name in ("d.pth", "d.safetensors"):
         (tmp_path / name).write_bytes(b"nonsense")
