@@ -371,6 +371,7 @@ def test_half_precision_training(mode):
 # --- compilation and export ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiles_for_one_budget_and_then_for_any():
     torch.compiler.reset()
     model = make_model(num_hidden_layers=1).double()
@@ -379,7 +380,7 @@ def test_compiles_for_one_budget_and_then_for_any():
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     graphs = []
     with torch.no_grad():
-        for num_patches in range(9, 21):
+        for num_patches in (9, 10, 12, 20):
             found = compiled(images, num_patches=num_patches).logits
             torch.testing.assert_close(found, model(images, num_patches=num_patches).logits)
             graphs.append(counter.frame_count)
