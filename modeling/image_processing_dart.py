@@ -148,14 +148,9 @@ class DartImageProcessor(TorchvisionBackend):
 
 
 def read_image(path: str | os.PathLike, do_convert_rgb: bool = True) -> Image.Image:
-    """Read an image file, or an image at an http(s) or data URL, as [`upright_rgb`] gives it.
+    """Read an image file, or an image at an http(s) or data URL, as [`upright_rgb`], or only upright in its own mode.
 
-    transformers' `load_image` gives the same pixels, but takes an error page for an image, has no time limit, and clips
-    images of 16 bits.
-
-    Args:
-        path: The file or URL.
-        do_convert_rgb: Without it the image is turned upright and keeps its mode.
+    transformers' `load_image` gives the same pixels, but reads error pages as images and clips images of 16 bits.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -173,9 +168,7 @@ def read_image(path: str | os.PathLike, do_convert_rgb: bool = True) -> Image.Im
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The pixels that a model gets of a PIL image: turned as its EXIF orientation says, then converted to RGB.
-
-    This is the rule of transformers' pipelines.
+    """An image as a model gets it, by the rule of transformers' pipelines: turned as EXIF says, then converted to RGB.
 
     Raises:
         ValueError: The image has 16 or 32 bits a channel (modes I;16, I and F), which RGB would clip.
@@ -253,10 +246,9 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool | None) -> np.ndarray
     name = getattr(image, "filename", "") or f"an image of mode {image.mode!r}"
     try:
         return np.array(upright_rgb(image) if do_convert_rgb else ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"Cannot read {name}: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"Cannot use {name}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(f"Cannot read {name}: {error}") from error
 
 
 def _array_to_tensor(array: np.ndarray) -> torch.Tensor:
