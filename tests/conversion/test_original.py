@@ -96,6 +96,27 @@ def test_configuration_is_the_preset_with_published_normalisation_and_imagenet_l
     assert all(config.label2id[label] == index for index, label in config.id2label.items())
 
 
+def test_rmt_weights_are_converted_to_their_places():
+    """The exactness tests of RMT, which cover this too, are slow."""
+    places = {
+        "stem.convolutions.2.conv.bias": "patch_embed.proj.6.bias",
+        "stem.convolutions.3.norm.bias": "patch_embed.proj.10.bias",
+        "stages.1.layers.3.layernorm_before.weight": "layers.1.blocks.3.retention_layer_norm.weight",
+        "stages.1.layers.3.retention.k_proj.bias": "layers.1.blocks.3.retention.k_proj.bias",
+        "stages.1.layers.3.retention.local_conv.bias": "layers.1.blocks.3.retention.lepe.conv.bias",
+        "stages.1.layers.3.layernorm_after.weight": "layers.1.blocks.3.final_layer_norm.weight",
+        "stages.1.layers.3.mlp.conv.bias": "layers.1.blocks.3.ffn.dwconv.conv.bias",
+        "stages.2.layers.24.layer_scale2": "layers.2.blocks.24.gamma_2",
+        "stages.1.downsample.norm.running_var": "layers.1.downsample.norm.running_var",
+        "pooler.norm.bias": "norm.bias",
+    }
+    weights = empty_weights("darmt-L6")
+    for value, source in enumerate(places.values(), start=1):
+        weights[source] = torch.full((), float(value)).expand(weights[source].shape)
+    _, state = convert_state_dict(weights, "darmt-L6")
+    assert [state[f"dart_rmt.{name}"].unique().tolist() for name in places] == [[i + 1.0] for i in range(len(places))]
+
+
 @EACH_ENCODER
 def test_fine_tuned_number_of_labels_gets_no_imagenet_names(variant):
     weights = empty_weights(variant)
