@@ -24,7 +24,7 @@ def image_batches(
         collate: Makes a batch of rows.
         batch_size: Rows in a batch; the last batch can be smaller.
         workers: Number of worker processes.
-        progress: Whether to show a progress bar on a terminal.
+        progress: Show a progress bar on a terminal.
 
     Raises:
         ValueError, OSError: The errors of `collate`, in one sentence even if a worker process raised them.

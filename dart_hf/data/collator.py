@@ -42,7 +42,7 @@ class ImageClassificationCollator:
         transform: Augments a training image: PIL image -> (C, H, W). Without it, training images are prepared as for
             evaluation.
         mix: Mixes a training batch: `pixel_values`, `labels` (B,) -> `pixel_values`, targets (B, num_labels).
-        skip_unreadable: Whether to skip an image that cannot be read instead of raising an error. A training batch is
+        skip_unreadable: Skip an image that cannot be read instead of raising an error. A training batch is
             then smaller. In an evaluation batch, and in a training batch without any readable image, the image stays
             with a label that says so, see below. `num_skipped` counts the skipped images.
         problem_type: "single_label_classification" (a label is an integer), "multi_label_classification" (a list of

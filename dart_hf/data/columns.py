@@ -27,7 +27,7 @@ def image_and_label(
         split: The rows.
         image_column, label_column: The names of the columns; without them the only column that can be meant.
         source: The name of the data for messages.
-        needs_labels: Whether missing labels are an error.
+        needs_labels: Refuse missing labels.
 
     Raises:
         ValueError: There is no such column, or several are possible.

@@ -59,8 +59,8 @@ def load_image_data(
         image_column, label_column: Column names. By default the only column of images, and of class labels.
         class_names: The classes in the order of their numbers, if the data set does not tell them.
         held_out: Share of the training images to evaluate with if there is no split for that; not for streams.
-        streaming: Whether to read rows as they are needed instead of first downloading everything.
-        needs_labels: Whether images without labels are refused.
+        streaming: Read rows as they are needed instead of first downloading everything.
+        needs_labels: Refuse images without labels.
 
     Raises:
         OSError: The source does not exist or could not be downloaded.

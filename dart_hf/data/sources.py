@@ -28,7 +28,7 @@ def load_splits(source: str | os.PathLike, subset: str | None = None, streaming:
             recognises, a folder that `save_to_disk` wrote, a file, or a data set's id on the Hub. A folder comes before
             a data set or a builder of `datasets` of the same name.
         subset: The configuration of the data set, if it has several.
-        streaming: Whether to read rows only as they are needed. It makes no difference for image folders and saved data
+        streaming: Read rows only as they are needed. It makes no difference for image folders and saved data
             sets, whose rows are read as they are needed anyway.
 
     Raises:
