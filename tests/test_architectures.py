@@ -1,4 +1,4 @@
-"""What the ViT can do, the other encoders can: from a folder of images to a trained, evaluated, calibrated model."""
+"""Every encoder goes from a folder of images to a trained, evaluated and calibrated model."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def trained(start, photos, tmp_path_factory) -> tuple[Path, dict]:
     return output, train(start, photos, output, "--num-train-epochs", 8)
 
 
-def test_training_learns_and_turns_the_scores_to_running_statistics(start, trained):
+def test_training_learns_and_turns_scores_to_running_statistics(start, trained):
     output, facts = trained
     before, _ = load_model(start)
     model, _ = load_model(output)
@@ -60,11 +60,12 @@ def test_training_learns_and_turns_the_scores_to_running_statistics(start, train
     assert model.config.score_normalization == "running" and model.config.label2id == {"0": 0, "1": 1, "2": 2}
     state = before.state_dict()
     unchanged = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, state[name])]
-    # Whatever can learn did.
+    # Every parameter learned.
     assert not {name for name, _ in model.named_parameters()} & set(unchanged)
 
 
-def test_a_training_in_two_parts_gives_the_same_weights(start, photos, trained, tmp_path):
+@pytest.mark.slow
+def test_resumed_training_ends_with_the_same_weights(start, photos, trained, tmp_path):
     output, _ = trained
     saved = ("--num-train-epochs", 8, "--save-strategy", "steps", "--save-steps", 7)
     train(start, photos, tmp_path / "out", *saved)

@@ -43,7 +43,7 @@ def test_images_without_a_label_do_not_count(logits, soft):
 
 
 @pytest.mark.parametrize("count", [24, torch.tensor(24), torch.full((2, 1), 12)], ids=["int", "tensor", "DataParallel"])
-def test_a_part_of_a_batch_gives_its_part_of_the_mean(logits, soft, count):
+def test_part_of_a_batch_gives_its_part_of_the_mean(logits, soft, count):
     labels = torch.arange(8) % CLASSES
     mean = cross_entropy(logits, labels).item()
     assert soft_target_cross_entropy({"logits": logits}, labels, num_items_in_batch=count).item() == pytest.approx(

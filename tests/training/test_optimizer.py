@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from helpers.tiny_training import tiny_trainer
+from helpers.tiny_training import tiny_dart, tiny_trainer
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from dart_hf import (
-    DartConfig,
-    DartForImageClassification,
     DartRmtConfig,
     DartRmtForImageClassification,
     DartVimConfig,
@@ -18,22 +16,6 @@ from dart_hf.training import Recipe, parameter_groups
 
 LEARNING_RATE = 0.1
 WEIGHT_DECAY = 0.05
-
-
-def tiny_dart(**settings):
-    config = DartConfig(
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=8,
-        image_size=16,
-        patch_size=8,
-        num_patches=4,
-        score_grid_size=4,
-        num_labels=3,
-        **{"scorer": "conv", **settings},
-    )
-    return DartForImageClassification(config)
 
 
 def grouped(model, **settings):
