@@ -210,16 +210,11 @@ class _Block:
         self.later = slice(-1) if backwards else slice(1, None)
 
     def states(self, delta: Tensor, inputs: Tensor, weights: Tensor, rates: Tensor, start: Tensor) -> Tensor:
-        """h_t = 2^(Δ_t rates) h_(t-1) + inputs_t weights_t, or with h_(t+1).
+        """h_t = 2^(Δ_t rates) h_(t-1) + inputs_t weights_t, or with h_(t+1), for each token.
 
-        Args:
-            delta, inputs: (images, K, T, 1, E).
-            weights: (images, K, T, S, 1).
-            rates: (S, E).
-            start: (images, S, E), the state before the first of these tokens, or after the last one if backwards.
-
-        Returns:
-            (images, K, T, S, E), valid until the next call.
+        (images, K, T, S, E), valid until the next call. From delta and inputs (images, K, T, 1, E), weights
+        (images, K, T, S, 1), rates (S, E), and start (images, S, E), the state before the first of these tokens, or
+        after the last one if backwards.
         """
         shape = (*delta.shape[:3], *rates.shape)
         if self.memory.shape != shape:

@@ -92,16 +92,8 @@ class DartRmtConfig(RegionConfig):
             raise ValueError(f"first_strip_edge must be at least 0, got {self.first_strip_edge}.")
 
 
-RMT_STAGE_SETTINGS = (
-    "hidden_sizes",
-    "depths",
-    "num_attention_heads",
-    "mlp_ratios",
-    "decay_starts",
-    "decay_ranges",
-    "chunkwise",
-    "layer_scale",
-)
+# The settings that have one entry for each stage.
+RMT_STAGE_SETTINGS = [name for name, hint in DartRmtConfig.__annotations__.items() if "tuple" in str(hint)]
 
 
 __all__ = ["DartRmtConfig"]

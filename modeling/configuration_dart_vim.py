@@ -30,13 +30,9 @@ class DartVimConfig(RegionTokenizerConfig):
         "small": {"hidden_size": 384, "scorer": "mobilenet_v3_large"},
     }
 
-    at_least_1: ClassVar[set[str]] = RegionTokenizerConfig.at_least_1 | {
-        "num_hidden_layers",
-        "expand",
-        "state_size",
-        "conv_kernel",
-        "time_step_rank",
-    }
+    at_least_1: ClassVar[set[str]] = RegionTokenizerConfig.at_least_1.union(
+        ("num_hidden_layers", "expand", "state_size", "conv_kernel", "time_step_rank")
+    )
 
     scorer_head: Literal["v1", "v2"] = "v2"
     num_hidden_layers: int = 24

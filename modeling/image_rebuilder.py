@@ -11,14 +11,7 @@ class ImageRebuilder(RegionPartitioner):
     """Rebuilds an image from the regions of a grid. Busy parts of the image become larger."""
 
     def forward(self, pixel_values: Tensor, num_patches: int | None = None) -> tuple[Tensor, Regions]:
-        """Rebuild a batch of images.
-
-        Args:
-            pixel_values: (B, C, H, W), floating point, normalised.
-            num_patches: Number R·C of regions. The default is `config.num_patches`.
-
-        Returns:
-            Images (B, C, P·R, P·C); and the regions.
+        """Rebuild images (B, C, H, W) as (B, C, P·R, P·C), from R·C regions; and return the regions.
 
         Raises:
             ValueError: See [`ImageRebuilder.check`].

@@ -78,15 +78,10 @@ def bands_for_budget(num_patches: int, height: int, width: int) -> int:
 
 
 def density(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores divided by their sum.
+    """Scores (B, G, G) divided by their sum, and which images they are usable for.
 
-    Args:
-        scores: (B, G, G).
-
-    Returns:
-        `(density, usable)`: density (B, G, G) sums to 1 for each image. usable (B, 1) is False for images whose scores
-        say nothing: constant, all zero, negative, infinite or NaN. These images get the uniform density and no
-        gradient.
+    usable (B, 1) is False for images whose scores say nothing: constant, all zero, negative, infinite or NaN. These
+    images get the uniform density and no gradient.
     """
     highest, lowest = scores.detach().amax(dim=(1, 2)), scores.detach().amin(dim=(1, 2))
     # Below this bound the gradient of the normalisation overflows, so such scores count as zero.
@@ -100,16 +95,10 @@ def density(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantiles(density: Tensor, num_parts: int) -> Tensor:
-    """Equal-mass quantiles of a piecewise-constant density.
+    """Equal-mass quantiles of a piecewise-constant density (B, n): (B, K - 1) in cell units [0, n], never decreasing.
 
-    For probability q, with j the first cell whose cumulative sum reaches q, that is j + (q − the sum before j)/p_j.
-
-    Args:
-        density: (B, n), sums to 1.
-        num_parts: Number K of parts of equal mass.
-
-    Returns:
-        (B, K - 1) positions of 1/K … (K - 1)/K in cell units [0, n], never decreasing.
+    For probability q, with j the first cell whose cumulative sum reaches q, that is j + (q − the sum before j)/p_j. The
+    probabilities are 1/K … (K - 1)/K, for `num_parts` K.
     """
     cumulative = density.cumsum(dim=1)
     mass = torch.arange(1, num_parts, device=density.device).to(density.dtype) / num_parts
@@ -123,43 +112,22 @@ def quantiles(density: Tensor, num_parts: int) -> Tensor:
 
 
 def cell_coverage(edges: Tensor, num_cells: int) -> Tensor:
-    """Length of each unit cell that lies in each interval between neighbouring edges.
-
-    Args:
-        edges: (B, K + 1) in cell units [0, num_cells].
-        num_cells: How many cells there are.
-
-    Returns:
-        (B, K, num_cells).
-    """
+    """The part of each of n unit cells inside each interval: edges (B, K + 1), in cell units [0, n] -> (B, K, n)."""
     cells = torch.arange(num_cells, device=edges.device, dtype=edges.dtype)
     filled = (edges[:, :, None] - cells).clamp(0, 1)
     return filled[:, 1:] - filled[:, :-1]
 
 
 def band_weights(row_edges: Tensor, grid_size: int) -> Tensor:
-    """The shares of the grid rows in each band.
-
-    Args:
-        row_edges: (B, R + 1) pixels.
-        grid_size: G.
-
-    Returns:
-        (B, R, G); the shares of a band sum to 1.
-    """
+    """The share of each grid row in each band: edges (B, R + 1) in pixels -> (B, R, G). A band's shares sum to 1."""
     coverage = cell_coverage(row_edges * (grid_size / row_edges[:, -1:]), grid_size)
     return coverage / coverage.sum(dim=2, keepdim=True).clamp(min=1e-6)
 
 
 def position_weights(regions: Regions, grid_size: int) -> Tensor:
-    """The shares of the cells of the position table in each region.
+    """The share of each cell of the position table, of side G, in each of N regions: (B, N, G·G).
 
-    Args:
-        regions: Of N regions each.
-        grid_size: Side G of the table.
-
-    Returns:
-        (B, N, G·G); the shares of a region sum to 1, those of a region without width to 0.
+    The shares of a region sum to 1, those of a region without width to 0.
     """
     num_bands = regions.row_edges.shape[1] - 1
     num_cells = num_bands * grid_size

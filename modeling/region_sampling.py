@@ -1,6 +1,4 @@
-"""Sampling: image, regions -> patches. Two linear interpolations in pure functions.
-
-Pixel centres have integer coordinates."""
+"""Sampling: image, regions -> patches. Two linear interpolations in pure functions. Pixel centres are integers."""
 
 import torch
 from torch import Tensor
@@ -10,29 +8,19 @@ from .region_partition import Regions
 
 
 def sample_regions(pixel_values: Tensor, regions: Regions, patch_size: int) -> Tensor:
-    """Resample every region to `patch_size` × `patch_size` pixels.
+    """Resample each of N regions of images (B, C, H, W) to P×P pixels: (B, N, P·P·C), in the images' dtype.
 
-    Args:
-        pixel_values: (B, C, H, W).
-        regions: Of N regions each.
-
-    Returns:
-        (B, N, P·P·C), dtype of `pixel_values`. A patch is stored column by column, (P columns, P rows, C), because the
-        second interpolation reads a strip column with its P rows at once. [`patch_images`] gives ordinary images.
+    A patch is stored column by column, (P columns, P rows, C), because the second interpolation reads a strip column
+    with its P rows at once. [`patch_images`] gives ordinary images.
     """
     strip = sample_bands(pixel_values, regions.row_edges, patch_size)
     return sample_strip(strip, regions.strip_edges, patch_size)
 
 
 def sample_bands(pixel_values: Tensor, row_edges: Tensor, patch_size: int) -> Tensor:
-    """Resample every band to `patch_size` rows and lay the bands end to end.
+    """Resample every band to P rows and lay the bands end to end, as a strip (B, R·W, P·C).
 
-    Args:
-        pixel_values: (B, C, H, W).
-        row_edges: (B, R + 1) pixels.
-
-    Returns:
-        The strip, (B, R·W, P·C).
+    From images (B, C, H, W) and edges (B, R + 1) in pixels, with P = `patch_size`.
     """
     batch_size, num_channels, height, width = pixel_values.shape
     rows = pixel_values.permute(0, 2, 3, 1).reshape(batch_size * height, width * num_channels)
@@ -47,14 +35,9 @@ def sample_bands(pixel_values: Tensor, row_edges: Tensor, patch_size: int) -> Te
 
 
 def sample_strip(strip: Tensor, strip_edges: Tensor, patch_size: int) -> Tensor:
-    """Resample every region of the strip to `patch_size` columns. Beyond its last column the strip is zero.
+    """Resample every region of the strip to P columns: (B, N, P·P·C), column by column.
 
-    Args:
-        strip: (B, R·W, P·C).
-        strip_edges: (B, N + 1) strip pixels.
-
-    Returns:
-        (B, N, P·P·C), column by column.
+    From a strip (B, R·W, P·C) and edges (B, N + 1) in strip pixels. Beyond its last column the strip is zero.
     """
     batch_size, length, _ = strip.shape
     x = _positions(strip_edges, patch_size)
@@ -70,15 +53,10 @@ def sample_strip(strip: Tensor, strip_edges: Tensor, patch_size: int) -> Tensor:
 
 
 def blend_rows(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of pairs of rows.
+    """Weighted sums of pairs of rows of a table (rows, F): (M, F), in the table's dtype.
 
-    Args:
-        table: (rows, F).
-        indices: (..., M, 2), integer: the two rows of each sum.
-        weights: (..., M, 2).
-
-    Returns:
-        (total number of pairs, F), dtype of `table`. On a CPU, outside `torch.compile`, there is no second derivative.
+    `indices` (…, 2) are the two rows of each of the M sums, and `weights` (…, 2) their factors. On a CPU the result has
+    a first derivative only, outside `torch.compile`.
     """
     indices, weights = indices.view(-1, 2), weights.view(-1, 2).to(table.dtype)
     if table.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -210,17 +210,6 @@ def test_a_frozen_trunk_stays_frozen_through_loading_training_and_resuming(tmp_p
     assert_frozen(resumed, state)
 
 
-def test_an_unfrozen_trunk_trains_after_loading(tmp_path):
-    model = make_model(scorer="mobilenet_v3_small", scorer_frozen=False, num_labels=4)
-    model.save_pretrained(tmp_path / "saved")
-    loaded = DartForImageClassification.from_pretrained(tmp_path / "saved")
-    state = frozen_state(loaded)
-    assert all(parameter.requires_grad for parameter in loaded.scorer.trunk.parameters())
-    train(tmp_path / "run", loaded, steps=1)
-    moved = [name for name, value in frozen_state(loaded).items() if not torch.equal(value, state[name])]
-    assert any(name.endswith("weight") for name in moved) and any("running_var" in name for name in moved)
-
-
 def test_freeze_scorer_switches_a_live_model():
     model = make_model().train()
     assert model.scorer.trunk.training
@@ -290,16 +279,6 @@ def test_another_number_of_labels(tmp_path):
     assert loaded(pixels()).logits.shape == (3, 7)
 
 
-def test_half_precision_loading_keeps_the_statistics(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    loaded = DartForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert loaded.classifier.weight.dtype == torch.bfloat16
-    assert loaded.scorer.statistics.running_var.dtype == torch.float32
-    out = loaded(pixels(), output_regions=True)
-    assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
-    assert out.regions.strip_edges.dtype == torch.float32
-
-
 def test_a_model_built_in_half_precision_cuts_in_float32():
     """Beyond 2,048 a half-precision number cannot tell one column of the strip from the next."""
     config = make_config(scorer="mobilenet_v3_small", image_size=224, num_patches=196)
@@ -314,15 +293,6 @@ def test_a_model_built_in_half_precision_cuts_in_float32():
     outputs = model(torch.randn(1, 3, 224, 224), output_regions=True)
     assert {value.dtype for value in outputs.regions.values()} == {torch.float32}
     assert (outputs.regions.strip_edges.diff(dim=1) >= 0).all()
-
-
-def test_autocast_training():
-    model = make_model(num_labels=4).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(**bright_corner(4, seed=0), output_regions=True)
-    out.loss.backward()
-    assert out.regions.strip_edges.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # --- the last layer --------------------------------------------------------------------------------------------------
@@ -443,11 +413,6 @@ def test_dropout_drops_in_training_only(rate):
     assert not torch.equal(model(images).logits, model(images).logits)
 
 
-def test_attention_biases_are_a_setting():
-    assert make_model(qkv_bias=False).dart.layers[0].attention.q_proj.bias is None
-    assert make_model().dart.layers[0].attention.q_proj.bias is not None
-
-
 def test_regions_stay_out_of_the_trainers_predictions(tmp_path):
     class AsksForRegionsForImageClassification(DartForImageClassification):
         def forward(self, pixel_values, labels=None):
@@ -487,14 +452,6 @@ def test_trunks_with_computed_buffers_survive_loading(tmp_path):
     assert any("relative_position_index" in name for name in expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-
-
-def test_a_refused_grid_budget_changes_nothing():
-    model = make_model(partition="grid").train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fill"):
-        model(pixels(), num_patches=13)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # --- distillation token and head -------------------------------------------------------------------------------------
@@ -545,13 +502,6 @@ def test_a_distillation_token_may_have_no_head():
     torch.testing.assert_close(out.logits, model.classifier(model.dart(pixels()).pooler_output))
     with pytest.raises(ValueError, match="distillation_head=True needs distillation_token=True"):
         make_config(distillation_head=True)
-
-
-def test_the_loss_reaches_both_heads_and_the_distillation_token():
-    model = make_model(**DISTILLED, num_labels=4).train()
-    model(**bright_corner(8, seed=1)).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 def test_a_distilled_model_saves_and_loads(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dart_hf import DartRmtConfig, DartRmtForImageClassification, DartRmtModel
+from dart_hf import DartRmtConfig, DartRmtForImageClassification
 from dart_hf.modeling.modeling_dart_rmt import DartRmtRetention, DartRmtStage, decay_rates, rotation_frequencies
 
 
@@ -167,17 +167,6 @@ def test_retention_is_what_its_definition_says(chunkwise, implementation):
         np.testing.assert_allclose(found[image].numpy(), expected, rtol=0, atol=1e-6)
 
 
-def test_attention_implementations_agree():
-    model = make_model().double()
-    images = pixels(dtype=torch.float64)
-    model.set_attn_implementation("eager")
-    expected = model(images).logits
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(model(images).logits, expected)
-    with pytest.raises(ValueError, match="flex"):
-        model.set_attn_implementation("flex_attention")
-
-
 # --- outputs, budgets, maps ------------------------------------------------------------------------------------------
 
 
@@ -254,9 +243,6 @@ def test_any_number_of_stages_and_channels():
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-BATCH = {"pixel_values": pixels(4), "labels": torch.tensor([0, 1, 2, 3])}
-
-
 def test_stochastic_depth_grows_over_the_stages_and_drops_in_training_only():
     model = make_model(drop_path_rate=0.6, depths=(1, 2, 3, 1)).dart_rmt
     layers = [layer for stage in model.stages for layer in stage.layers]
@@ -302,14 +288,6 @@ def test_what_a_checkpoint_lacks_is_initialised(tmp_path):
     assert loaded.classifier.weight.shape == (3, 48) and 0 < loaded.classifier.weight.abs().max() < 0.1
 
 
-def test_the_input_embeddings_are_the_stem():
-    model = make_model()
-    assert model.get_input_embeddings() is model.dart_rmt.stem
-    other = DartRmtModel(make_config()).stem
-    model.set_input_embeddings(other)
-    assert model.dart_rmt.stem is other
-
-
 # --- half precision --------------------------------------------------------------------------------------------------
 
 
@@ -341,11 +319,3 @@ def test_positions_are_computed_in_float32_in_a_half_precision_model():
     assert torch.equal(found.cos, expected.cos) and torch.equal(found.decays[1], expected.decays[1])
     wide = stage.double().relative_positions(torch.zeros(1, 8, 30, 20, dtype=torch.float64))
     assert wide.cos.dtype == wide.decays[0].dtype == torch.float64
-
-
-def test_autocast_training():
-    model = make_model(num_patches=64).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**BATCH).loss
-    loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

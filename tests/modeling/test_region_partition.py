@@ -147,6 +147,7 @@ def test_mirrored_columns_mirror_the_grid(seed, grid_size, rows, columns):
     torch.testing.assert_close(mirrored.strip_edges[:, 1:columns], width - inner.flip(1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 30), st.sampled_from(["flow", "grid"]))
 def test_gradcheck_away_from_cell_changes(seed, num_patches, partition):

@@ -14,7 +14,7 @@ from torch import multiprocessing as mp
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.configuration_region import TORCHVISION_TRUNKS
 from dart_hf.modeling.region_scorer import RegionScorer
-from dart_hf.modeling.score_statistics import ScoreStatistics, image_moments
+from dart_hf.modeling.score_statistics import ScoreStatistics
 from dart_hf.modeling.scorer_trunk import build_trunk
 
 
@@ -139,15 +139,6 @@ def test_running_without_statistics_uses_the_image_and_says_so_once(warnings_of)
     assert len(warnings_of()) == 1
 
 
-def test_each_warning_comes_whatever_came_before(warnings_of):
-    for order in (["batch", "running"], ["running", "batch"]):
-        said = len(warnings_of())
-        statistics = ScoreStatistics().eval()
-        for normalization in order:
-            statistics(grids(2), normalization)
-        assert len(warnings_of()) == said + 2
-
-
 def test_training_under_the_published_rule_keeps_statistics():
     statistics = ScoreStatistics().double().train()
     statistics(grids(), "batch")
@@ -249,6 +240,7 @@ def test_training_standardises_over_all_processes_and_evaluation_does_not():
     torch.testing.assert_close(first[4], ScoreStatistics().eval()(logits[:3], "batch"))
 
 
+@pytest.mark.slow
 def test_distributed_training_compiles_as_one_graph():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
@@ -262,11 +254,6 @@ def test_distributed_training_compiles_as_one_graph():
     finally:
         torch.distributed.destroy_process_group()
         torch.compiler.reset()
-
-
-def test_image_moments_of_a_single_cell():
-    mean, variance = image_moments(torch.tensor([[[3.0]]]))
-    assert mean == 3 and variance == 0
 
 
 # --- freezing --------------------------------------------------------------------------------------------------------
@@ -298,13 +285,6 @@ def test_frozen_trunks_stay_and_others_train(scorer, frozen):
         assert any("running_mean" in name for name in moved)
     if scorer == "conv":
         assert not torch.equal(model.head.fc1.weight, head)
-
-
-def test_default_of_scorer_frozen():
-    assert DartConfig().scorer_frozen is True
-    assert DartConfig(scorer="timm/resnet10t").scorer_frozen is True
-    assert DartConfig(scorer="conv").scorer_frozen is False
-    assert DartConfig(scorer="conv", scorer_frozen=True).scorer_frozen is True
 
 
 def test_a_nan_image_spoils_no_trunk_in_training():

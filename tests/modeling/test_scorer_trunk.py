@@ -178,9 +178,3 @@ def test_subclasses_of_batch_norm_run_as_they_are():
     sequence = FoldingSequential(nn.Conv2d(3, 4, 3), Doubling(4)).double().eval()
     plain = FoldingSequential(sequence[0], nn.BatchNorm2d(4)).double().eval()
     torch.testing.assert_close(sequence(pixels()), 2 * plain(pixels()))
-
-
-def test_batch_norm_without_statistics_runs_as_it_is():
-    norm = nn.BatchNorm2d(4, track_running_stats=False)
-    sequence = FoldingSequential(nn.Conv2d(3, 4, 3), norm).double().eval()
-    torch.testing.assert_close(sequence(pixels()), norm(sequence[0](pixels())))
