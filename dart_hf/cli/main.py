@@ -34,11 +34,9 @@ INTERRUPTED = 130
 class _Group(TyperGroup):
     """A group of commands that reports a user's mistake in one line."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **settings: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **settings)
+    def main(self, *args: Any, **settings: Any) -> NoReturn:
         try:
-            exit_code = super().main(*args, standalone_mode=False, **settings)
+            exit_code = super().main(*args, **{**settings, "standalone_mode": False})
         except typer.TyperException as error:
             # A wrong option or argument. Such errors know the context of their command.
             context = getattr(error, "ctx", None)
@@ -48,8 +46,6 @@ class _Group(TyperGroup):
             _exit(f"{message}{end} See '{command} --help'.", MISTAKE)
         except (ValueError, OSError, ImportError) as error:
             _exit(str(error) or type(error).__name__, MISTAKE)
-        except typer.Abort:
-            exit_code = INTERRUPTED
         if exit_code == INTERRUPTED:
             _exit("stopped", INTERRUPTED)
         sys.exit(exit_code)

@@ -32,6 +32,7 @@ def test_help_lists_the_commands(run):
     for result in (run(), run("--help")):
         assert result.exit_code == 0
         assert all(command in result.stdout for command in COMMANDS)
+    assert run("--version").stdout == f"dart-hf {__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
