@@ -233,7 +233,6 @@ ROUTES = [
     ("POST", rf"{API}/commit/{REVISION}", "commit"),
     ("POST", rf"{API}/branch/(?P<branch>[^/]+)", "branch"),
     ("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.*))?", "tree"),
-    ("POST", rf"{API}/paths-info/{REVISION}", "paths_info"),
     ("GET", rf"{API}(?:/revision/{REVISION})?", "info"),
     ("HEAD", rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", "resolve_head"),
     ("GET", rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
@@ -381,11 +380,6 @@ class Api:
             if recursive or "/" not in file.removeprefix(folder):
                 entries.append(as_entry(file, blob))
         return as_json(entries)
-
-    def paths_info(self, request: Request, name: str, revision: str) -> Answer:
-        files = self._readable(request, name).find(revision).files
-        paths = parse_qs(request.body.decode()).get("paths", [])
-        return as_json([as_entry(path, files[path]) for path in paths if path in files])
 
     def info(self, request: Request, name: str, revision: str | None) -> Answer:
         repository = self._readable(request, name)

@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.train_command import SMALL, command, sentence, train
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
 from dart_hf import DartConfig, DartForImageClassification
@@ -135,3 +141,17 @@ def test_plain_vit_becomes_a_dart(few, tmp_path):
     assert model.config.partition == "flow"
     assert torch.equal(model.dart.layernorm.weight, vit.vit.layernorm.weight)
     assert AutoImageProcessor.from_pretrained(tmp_path / "tuned").image_mean == (0.5, 0.5, 0.5)
+
+
+def test_plain_encoder_gets_a_head_for_the_data(starting, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    vit = ViTModel(ViTConfig(**sizes, image_size=64)).eval()
+    vit.save_pretrained(tmp_path)
+    ViTImageProcessor(size=64).save_pretrained(tmp_path)
+    arguments = ModelArguments(model=str(tmp_path), model_settings='{"scorer": "conv"}', partition="uniform")
+    model, _ = starting(arguments)
+    assert model.config.id2label == {0: "0", 1: "1", 2: "2"} and model.classifier.weight.std() > 0
+    pixel_values = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model.classifier(vit(pixel_values).last_hidden_state[:, 0])
+        torch.testing.assert_close(model.eval()(pixel_values).logits, expected, rtol=0, atol=1e-5)
