@@ -88,7 +88,7 @@ def _tokenizer_settings(tensors: Tensors) -> dict[str, Reading]:
     positions = _shape(tensors, "pos_embed", 3)[1]
     grid_size = math.isqrt(positions - 1)
     if positions != 1 + grid_size**2:
-        raise ValueError(f"Tensor 'pos_embed' has {positions} rows, which is not 1 + G² of a square score grid.")
+        raise ValueError(f"Tensor 'pos_embed' has {positions} rows; a square score grid has 1 + G².")
     return {
         "score_grid_size": Reading(grid_size, "pos_embed"),
         "patch_size": Reading(_shape(tensors, "patch_embed.proj.weight", 4)[3], "patch_embed.proj.weight"),

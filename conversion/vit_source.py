@@ -1,4 +1,4 @@
-"""What conversion reads of a ViT, whichever library it comes from."""
+"""The parts of a ViT that conversion reads, from any library."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

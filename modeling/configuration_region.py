@@ -56,7 +56,7 @@ def _accepted(hint: Any) -> str:
 
 @checked
 class RegionConfig(PreTrainedConfig):
-    """How images are scored and cut into regions: the settings that every DART architecture has.
+    """Settings that every DART architecture has: how images are scored and cut into regions.
 
     A setting out of range or of the wrong type is a ValueError. An unknown setting whose name is close to a known one
     is named in a warning.
@@ -120,7 +120,7 @@ class RegionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
-        """As transformers' own; settings in `kwargs` are checked together with the others."""
+        """Load as transformers does, and check the settings in `kwargs` together with the others."""
         ours = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         overrides = {name: kwargs.pop(name) for name in ours & kwargs.keys()}
         cls._warn_of_misspelled(kwargs)

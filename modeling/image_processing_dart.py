@@ -259,7 +259,7 @@ def _array_to_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _channel_dimension(image: torch.Tensor, given: str | ChannelDimension | None) -> ChannelDimension:
-    """Whether an array is (C, H, W) or (H, W, C); three channels are the likeliest."""
+    """Tell if an array is (C, H, W) or (H, W, C). Three channels are the likeliest."""
     sides = [ChannelDimension.FIRST, ChannelDimension.LAST] if given is None else [ChannelDimension(given)]
     for channels in (3, 4, 1, 2):
         for side in sides:

@@ -32,6 +32,6 @@ class ImageRebuilder(RegionPartitioner):
         return super().cut(scores, num_patches, height, width)
 
     def check(self, pixel_values: Tensor, num_patches: int) -> None:
-        """As [`RegionPartitioner.check`], and the budget must fill a grid with every partition."""
+        """Check as [`RegionPartitioner.check`] does, and that the budget fills a grid, with every partition."""
         super().check(pixel_values, num_patches)
         check_grid_budget(num_patches, *pixel_values.shape[2:])

@@ -31,7 +31,7 @@ from .region_tokenizer import RegionTokenizer
 
 @dataclass
 class DistilledImageClassifierOutput(DartImageClassifierOutput):
-    """What a model with a distillation head has besides.
+    """[`DartImageClassifierOutput`] and the outputs of both classifiers of a distilled model.
 
     Args:
         cls_logits, distillation_logits: (B, num_labels) of the class token's and of the distillation token's

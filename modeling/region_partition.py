@@ -32,10 +32,10 @@ class RegionBoxes(NamedTuple):
 
 @dataclass
 class Regions(ModelOutput):
-    """Where the tokens of a batch of images are.
+    """The regions of a batch of images: the places of their tokens.
 
     Args:
-        scores: (B, G, G), what the partition was computed from; ones for the uniform partition.
+        scores: (B, G, G), the scores that the partition follows. Ones for the uniform partition.
         row_edges: (B, R + 1) pixels, from 0 to H: band i covers rows `row_edges[i]` … `row_edges[i + 1]`.
         strip_edges: (B, N + 1) strip pixels, from 0 to R·W: region t covers `strip_edges[t]` … `strip_edges[t + 1]`.
             [`grid_regions`] may start a little later.

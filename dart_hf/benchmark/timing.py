@@ -30,7 +30,7 @@ PARTS = ("scorer", "partition", "sampling + projection + positions", "encoder + 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement.
 
     Args:
         device: `"cpu"` or `"cuda"`.
@@ -101,7 +101,7 @@ def interleave(
         Key -> milliseconds of every timed call.
     """
     times: dict[tuple[str, ...], list[float]] = {key: [] for key in runs}
-    # The first round is not timed: in it models are compiled and memory is allocated.
+    # The first round is not timed, because it compiles models and allocates memory.
     for number in tqdm(range(settings.rounds + 1), desc=description, unit="round", leave=False):
         for key, run in runs.items():
             timed_call(run, settings)

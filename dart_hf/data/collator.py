@@ -90,7 +90,7 @@ class ImageClassificationCollator:
 
     @property
     def num_skipped(self) -> int:
-        """How many unreadable images were skipped so far; an image counts each time."""
+        """The number of unreadable images skipped so far. An image counts each time."""
         return int(self._skipped.sum())
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -201,7 +201,7 @@ class ImageClassificationCollator:
 
 
 def is_labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Which images of a batch, (B,), have a label: all but those that [`ImageClassificationCollator`] could not read.
+    """A mask (B,) of the images that have a label: [`ImageClassificationCollator`] could read them.
 
     Args:
         labels: (B,) or (B, K), as the collator makes them for any problem type.

@@ -43,7 +43,7 @@ class FolderContents:
     Args:
         root: The folder.
         images: Paths of the image files, relative to `root`.
-        has_metadata: Whether there is a metadata file, which tells the labels in place of the folders' names.
+        has_metadata: There is a metadata file. It tells the labels instead of the folders' names.
         other_files: How many other files there are, by the end of their names.
     """
 

@@ -21,13 +21,13 @@ MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class LabelEncoding:
-    """What the labels of a data set are.
+    """The meaning of the labels of a data set.
 
     Args:
         problem_type: transformers' name of the task, see [`ImageData`].
         names: The classes; in a regression transformers' placeholders.
         numbers: What a label in the column is -> its class number; None if the column has class numbers or values.
-        lists_as_text: Whether the lists of a multi-label column are text, as in a CSV file.
+        lists_as_text: The lists of a multi-label column are text, as in a CSV file.
     """
 
     problem_type: str
@@ -83,8 +83,8 @@ def label_encoding(
         lists_as_text = False
     if not text and not isinstance(next(iter(values), False), bool) and min(values, default=0) < 0:
         raise ValueError(
-            f"label_column: the labels of {str(source)!r} include {min(values)}, which can be no class; leave out the "
-            "images without labels."
+            f"label_column: the labels of {str(source)!r} include {min(values)}, which cannot be a class; leave out "
+            "the images without labels."
         )
     if class_names is not None and not text:
         return LabelEncoding(classes, list(class_names))
@@ -145,7 +145,7 @@ def check_classes(
         wrong = [label for label in present[role] if label not in range(len(encoding.names))]
         if wrong:
             raise ValueError(
-                f"data: the split {name!r} of {str(source)!r} has label {wrong[0]!r}, which is none of its "
+                f"data: the split {name!r} of {str(source)!r} has label {wrong[0]!r}, not one of its "
                 f"{len(encoding.names)} classes."
             )
     if len(present) == 2 and (unlearned := sorted(present["evaluation"] - present["train"])):

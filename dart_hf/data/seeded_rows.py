@@ -69,7 +69,7 @@ class SeededRows(torch.utils.data.Dataset):
 
 
 class SeededStream(torch.utils.data.IterableDataset):
-    """[`SeededRows`] for a stream, which is shuffled in a buffer and starts again whenever it ends.
+    """[`SeededRows`] for a stream. The stream is shuffled in a buffer and starts again when it ends.
 
     `Trainer` gets `max_steps` and sees one long epoch, so a resumed training skips to the right row. Each worker
     process has its own numbers.

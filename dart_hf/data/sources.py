@@ -57,8 +57,7 @@ def load_splits(source: str | os.PathLike, subset: str | None = None, streaming:
         # datasets does not keep the Hub's answer in this error.
         advice = "; 'hf auth login' opens those that you may read" if isinstance(error, DatasetNotFoundError) else ""
         raise OSError(
-            f"data: there is no folder {name!r}, and no such data set could be had from the Hub: {hub_reason(error)}"
-            f"{advice}."
+            f"data: there is no folder {name!r}, and the Hub did not give such a data set: {hub_reason(error)}{advice}."
         ) from error
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if str(error).startswith("data: "):
@@ -75,7 +74,7 @@ def _local_splits(path: Path, subset: str | None, streaming: bool) -> Mapping[st
         return load_metadata_folder(contents)
     if contents is not None and contents.images:
         return load_folder(contents)
-    # An absolute path is no name of a builder.
+    # An absolute path cannot be mistaken for the name of a builder.
     return datasets.load_dataset(os.path.abspath(path), subset, streaming=streaming)
 
 
@@ -104,7 +103,9 @@ def select_split(splits: Mapping[str, Split], name: str, source: str | os.PathLi
     try:
         instruction = datasets.ReadInstruction.from_spec(f"{key}[{part}").to_absolute({key: len(split)})[0]
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"data: {name!r} is no part of a split such as '{base}[:1000]': {error}.") from error
+        raise ValueError(
+            f"data: {name!r} is not a part of a split; a valid one is '{base}[:1000]': {error}."
+        ) from error
     return split.select(range(instruction.from_ or 0, len(split) if instruction.to is None else instruction.to))
 
 

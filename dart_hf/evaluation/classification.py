@@ -58,7 +58,7 @@ class Evaluation:
         num_images: Number of images that were evaluated.
         num_unreadable: Number of images that could not be read and were left out.
         score_normalization: The rule that standardised the scores; None for a model with `partition="uniform"`.
-        scorer_is_dead: Whether the scorer never got weights, so that regions did not follow the image.
+        scorer_is_dead: The scorer never got weights, so the regions did not follow the image.
         device, dtype: Where the model ran, and the type of its weights.
         batch_size: Images in a batch.
         budgets: The results, one for each budget.

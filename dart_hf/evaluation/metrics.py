@@ -132,7 +132,7 @@ def classification_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def multi_label_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """How well logits (B, num_labels) find the labels (B, num_labels) in {0, 1}, for `Trainer`'s `compute_metrics`.
+    """Metrics of logits (B, num_labels) for labels (B, num_labels) in {0, 1}, for `Trainer`'s `compute_metrics`.
 
     Both numbers are averages over the labels that at least one image has: there is nothing to find of the others. A row
     of labels with -100 is that of an image that could not be read, and does not count. NaN counts as the lowest logit.

@@ -63,7 +63,7 @@ def quantize_encoder(path: Path) -> None:
 
 
 def _is_in_encoder(node: Any) -> bool:
-    """Whether an ONNX node comes from a layer of the encoder. torch records the modules that a node comes from.
+    """Tell if an ONNX node comes from a layer of the encoder. torch records the modules that a node comes from.
 
     The scans of a Vision Mamba are left out: small time steps decide how far back a state remembers.
     """

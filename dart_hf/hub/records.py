@@ -1,4 +1,4 @@
-"""What is known about a model beyond its weights: the records of its training and evaluation.
+"""Records: facts about a model beyond its weights, from its training and evaluation.
 
 `dart-hf train` writes `training.json` into the model's folder, `dart-hf evaluate --output` writes `evaluation.json`.
 Only the entries that are listed here are published. Records hold more, such as access tokens and local paths.
@@ -86,7 +86,7 @@ EVALUATION = {
 
 @dataclass(frozen=True)
 class Records:
-    """What is known about a model beyond its weights.
+    """Facts about a model beyond its weights.
 
     Args:
         training: `training.json`, read by [`read_record`].

@@ -29,7 +29,7 @@ def latest_complete_checkpoint(folder: str | os.PathLike) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was marked as complete, and still has all of its files in full size."""
+    """Tell if a checkpoint was marked as complete and still has all its files in full size."""
     try:
         sizes = json.loads((checkpoint / MARKER).read_text())["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -83,7 +83,7 @@ def remove_older_checkpoints(newest: Path, limit: int | None, best: str | None =
 
 
 def is_last(checkpoint: str | os.PathLike, args: TrainingArguments) -> bool:
-    """Whether the training of these arguments has nothing left to do after this checkpoint."""
+    """Tell if a training with these arguments has nothing left to do after this checkpoint."""
     state = load_state(checkpoint)
     if args.max_steps > 0:
         return state.global_step >= args.max_steps

@@ -26,7 +26,7 @@ PACKAGES = ("dart-hf", "torch", "transformers", "datasets", "timm")
 
 
 def training_facts(settings: TrainingSettings, data: ImageData, trainer: Trainer) -> dict[str, Any]:
-    """What a training did, without its metrics. Every process takes part."""
+    """The facts of a training, without its metrics. Every process must call this."""
     skipped = torch.tensor(trainer.data_collator.num_skipped, device=trainer.args.device)
     return {
         "data": {

@@ -22,7 +22,7 @@ def lora_config(model: RegionPreTrainedModel, **settings: Any) -> "LoraConfig":
     gives other logits when it is loaded again.
 
     Args:
-        model: The model that is going to be trained. Whether its scorer is frozen is read from it now.
+        model: The model to train. If its scorer is to train, unfreeze it before this call.
         settings: Of `peft.LoraConfig`, e.g. `r=16`; they replace the ones that this function chooses.
 
     Raises:

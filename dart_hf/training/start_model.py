@@ -110,7 +110,7 @@ def _settings_checked() -> Iterator[None]:
 
 
 def _is_plain_vit(source: str) -> bool:
-    """Whether a source is a ViT or DeiT of timm or transformers, with a fixed grid."""
+    """Tell if a source is a ViT or DeiT of timm or transformers, with a fixed grid."""
     if source.startswith("timm/") and not Path(source).is_dir():
         return True
     return load_config(source).model_type in VIT_TYPES
@@ -132,7 +132,7 @@ def adapted(
         model: The classifier.
         changes: New settings of its configuration.
         data: Its classes must be the model's, in any order, unless the head is new; see [`match_labels`].
-        new_head: Whether to initialise the head again.
+        new_head: Initialise the head again.
         name: The name of the model in errors.
 
     Raises:

@@ -109,7 +109,7 @@ class Teacher(nn.Module):
 
 
 def _is_saved_by_timm(folder: Path) -> bool:
-    """Whether timm wrote this folder's config.json: it names an architecture and has no transformers model type."""
+    """Tell if timm wrote this folder's config.json: it names an architecture and has no transformers model type."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):

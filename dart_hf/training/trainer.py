@@ -63,15 +63,15 @@ class DartTrainer(Trainer):
 
     Args:
         model, args, train_dataset, eval_dataset, ...: As for `Trainer`. `processing_class` is the model's image
-            processor. A `data_collator`, `compute_loss_func`, `compute_metrics` or optimizer of your own replaces ours.
-        recipe: Augmentation, soft targets, averaging, learning rates by depth and distillation; none without it. With a
-            `data_collator` of your own its settings of images have no effect.
+            processor. Your own `data_collator`, `compute_loss_func`, `compute_metrics` or optimizer replaces ours.
+        recipe: Augmentation, soft targets, averaging, learning rates by depth, and distillation. By default none of
+            these. With your own `data_collator` the recipe's settings of images have no effect.
         teacher: The teacher of a distillation, instead of the one that `recipe.teacher` names.
 
     Raises:
         ValueError: There is no image processor; a setting of the recipe is out of range or does not suit the model's
             `problem_type`; the model's scorer has no weights; or the teacher has other classes.
-        OSError: The teacher cannot be had.
+        OSError: The teacher cannot be downloaded or read.
     """
 
     # `compute_loss` divides by the images of all accumulated batches.

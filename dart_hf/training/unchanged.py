@@ -1,4 +1,4 @@
-"""What an evaluation must leave unchanged: the random numbers of a training, and the precision of the weights."""
+"""Keep the random numbers of a training, and the precision of the weights, unchanged by an evaluation."""
 
 import random
 from collections.abc import Iterator

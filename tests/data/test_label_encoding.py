@@ -115,7 +115,7 @@ def test_floating_point_labels_are_a_regression(tmp_path, labels, names):
 @pytest.mark.parametrize(
     ("labels", "settings", "message"),
     [
-        ([0, -1], {}, "label_column: the labels of .* include -1, which can be no class"),
+        ([0, -1], {}, "label_column: the labels of .* include -1, which cannot be a class"),
         (["a", None], {}, "label_column: an image of .* has no label"),
         ([["a"], None], {}, "label_column: an image of .* has no label"),
         ([0.5, None], {}, "label_column: an image of .* has no label"),
@@ -124,7 +124,7 @@ def test_floating_point_labels_are_a_regression(tmp_path, labels, names):
         ([[[1]], [[2]]], {}, "label_column: the labels of .* are of type .*; accepted are text, integers"),
         ([0.5, 1.0], {"class_names": ["x", "y"]}, "class_names: .* has 1 numbers for each image, got 2 names"),
         (["a", "b"], {"class_names": ["a", "c"]}, "class_names: the labels of .* include 'b', not among .* 'a', 'c'"),
-        ([0, 5], {"class_names": ["a", "c"]}, "the split 'train' of .* has label 5, which is none of its 2 classes"),
+        ([0, 5], {"class_names": ["a", "c"]}, "the split 'train' of .* has label 5, not one of its 2 classes"),
         (["a", "b"], {"streaming": True}, "class_names: the stream .* does not tell its classes"),
         ([1, 1], {}, "has one class, '1'; a classifier needs at least two"),
     ],
@@ -147,7 +147,7 @@ def saved(tmp_path, splits: dict[str, list], names: dict[str, list[str]]) -> str
 def test_splits_with_other_classes_or_test_images_without_labels_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"are 'a', 'b', in this order, for all splits; got 'b', 'a'\."):
         load_image_data(saved(tmp_path, {"train": [0, 1], "test": [0, 1]}, {"test": ["b", "a"]}))
-    with pytest.raises(ValueError, match=r"the split 'test' of .* has label -1, which is none of its 2 classes"):
+    with pytest.raises(ValueError, match=r"the split 'test' of .* has label -1, not one of its 2 classes"):
         load_image_data(saved(tmp_path, {"test": [-1, -1]}, {}), train_split=None)
     with pytest.raises(ValueError, match=r"got 'a', 'b', 'c' \(not in both: 'c'\)"):
         load_image_data(saved(tmp_path, {"train": [0, 1]}, {}), class_names=["a", "b", "c"])

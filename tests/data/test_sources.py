@@ -118,7 +118,7 @@ def test_images_without_labels(folder):
     ("settings", "message"),
     [
         ({"evaluation_split": "val"}, "data: .* has no split 'val'; it has 'train', 'test'"),
-        ({"train_split": "train[:x]"}, r"data: 'train\[:x\]' is no part of a split"),
+        ({"train_split": "train[:x]"}, r"data: 'train\[:x\]' is not a part of a split"),
         ({"image_column": "photo"}, "image_column: .* has no column 'photo'; it has 'image', 'label'"),
         ({"label_column": "kind"}, "label_column: .* has no column 'kind'; it has 'image', 'label'"),
         ({"subset": "large"}, "could not be read: .*'large' not found"),
@@ -161,5 +161,5 @@ def test_sources_without_images(tmp_path, name, error, message):
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub():
-    with pytest.raises(OSError, match="data: there is no folder 'user/pets', and no such data set could be had"):
+    with pytest.raises(OSError, match="data: there is no folder 'user/pets', and the Hub did not give such a data set"):
         load_image_data("user/pets")
