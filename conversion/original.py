@@ -176,7 +176,7 @@ def _infer_variant(path: Path, args_model: str | None) -> str:
         named = {entry.args_model: name for name, entry in VARIANTS.items()}
         if args_model not in named:
             raise ValueError(
-                f"variant: {path} was trained as {args_model!r}, which is not a published model; name the published one: "
+                f"variant: {path} was trained as {args_model!r}, which is not a published model; choose one: "
                 f"{_variant_list()}."
             )
         return named[args_model]
