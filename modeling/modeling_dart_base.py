@@ -42,8 +42,8 @@ class RegionPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    # For transformers' quantisers, which leave these modules as they are. The scorer itself keeps its precision.
-    _keep_in_fp32_modules = [".*scorer"]
+    # So that transformers loads the scorer in the precision that it keeps by itself.
+    _keep_in_fp32_modules_strict = ["scorer"]
     _can_compile_fullgraph = True
 
     def __init__(self, config: RegionConfig, *args: Any, **kwargs: Any) -> None:

@@ -78,11 +78,10 @@ def test_a_quantised_model_gives_close_logits(model, quantize, scorer_is_kept):
     check(quantized, model, scorer_is_kept)
 
 
-def test_transformers_leaves_the_scorer_in_float32(model, tmp_path):
+def test_a_quantization_config_can_leave_the_scorer_in_float32(model, tmp_path):
     pytest.importorskip("optimum.quanto")
     model.save_pretrained(tmp_path)
-    quantized = AutoModelForImageClassification.from_pretrained(
-        tmp_path, quantization_config=QuantoConfig(weights="int8"), device_map="cpu"
-    )
+    config = QuantoConfig(weights="int8", modules_to_not_convert=[".*scorer"])
+    quantized = AutoModelForImageClassification.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     assert any(type(parameter) is not nn.Parameter for parameter in quantized.parameters())
     check(quantized, model, scorer_is_kept=True)
