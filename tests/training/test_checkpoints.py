@@ -132,6 +132,17 @@ def test_best_checkpoint_is_kept(tmp_path):
     assert names(tmp_path) == {best, "checkpoint-12"}
 
 
+def test_best_checkpoint_is_found_after_the_folder_moved(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = tiny_trainer(tmp_path / "before", max_steps=6, **best)
+    trainer.train()
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = tiny_trainer(tmp_path / "after", max_steps=6, **best)
+    moved.train(resume_from_checkpoint=True)
+    expected = tmp_path / "after" / Path(trainer.state.best_model_checkpoint).name
+    assert moved.state.best_model_checkpoint == str(expected)
+
+
 def test_older_checkpoints_stay_until_the_new_one_is_complete(tmp_path, monkeypatch):
     seen = []
 
