@@ -8,7 +8,9 @@ import base64
 import io
 import math
 import os
+import struct
 from collections.abc import Iterator
+from http.client import HTTPException
 from typing import Any
 from urllib.request import urlopen
 
@@ -33,6 +35,11 @@ from transformers.image_utils import (
 # out than this many times the crop are cut off first.
 LONGEST_ASPECT = 32
 DOWNLOAD_SECONDS = 30
+# What PIL's plugins and a broken download raise.
+READING_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError),
+    HTTPException,
+)
 
 
 class DartImageProcessor(TorchvisionBackend):
@@ -162,7 +169,7 @@ def read_image(path: str | os.PathLike, do_convert_rgb: bool = True) -> Image.Im
             return upright_rgb(image) if do_convert_rgb else ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READING_ERRORS as error:
         shown = path if len(path) <= 100 else f"{path[:100]}…"
         raise OSError(f"Cannot read {shown!r} as an image: {error}") from error
 
@@ -246,7 +253,7 @@ def _pil_to_array(image: Image.Image, do_convert_rgb: bool | None) -> np.ndarray
     name = getattr(image, "filename", "") or f"an image of mode {image.mode!r}"
     try:
         return np.array(upright_rgb(image) if do_convert_rgb else ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError) as error:
+    except READING_ERRORS as error:
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"Cannot read {name}: {error}") from error
 

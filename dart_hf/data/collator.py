@@ -15,14 +15,12 @@ from transformers import BaseImageProcessor
 from transformers.utils import logging
 
 from dart_hf.data.seeded_rows import AUGMENTATION_SEED, combined_seed, seeded
-from dart_hf.modeling.image_processing_dart import upright_rgb
+from dart_hf.modeling.image_processing_dart import READING_ERRORS, upright_rgb
 
 logger = logging.get_logger(__name__)
 
 # The label of an image that could not be read: PyTorch's cross entropy and the metrics leave it out.
 IGNORED_LABEL = -100
-# What PIL raises for a damaged image file, and the image processor for one that it refuses.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError)
 NUM_COUNTERS = 64
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -151,13 +149,15 @@ class ImageClassificationCollator:
     def _image(self, row: Mapping[str, Any]) -> Any:
         """The image, a PIL image in RGB or an array; None if it cannot be read and is to be skipped."""
         image = self._column(row, self.image_column)
-        if not isinstance(image, (Mapping, PIL.Image.Image)):
+        if image is not None and not isinstance(image, (Mapping, PIL.Image.Image)):
             return image
         undecoded = isinstance(image, Mapping)
         name = image.get("path") if undecoded else getattr(image, "filename", None)
         try:
+            if image is None:
+                raise ValueError(f"its row has nothing in column {self.image_column!r}")
             return upright_rgb(datasets.Image().decode_example(image) if undecoded else image)
-        except DECODING_ERRORS as error:
+        except READING_ERRORS as error:
             message = f"The image {repr(name) if name else 'that has no file name'} cannot be read: {_reason(error)}"
             if not self.skip_unreadable:
                 raise OSError(f"{message}; skip_unreadable=True (--skip-unreadable) leaves it out.") from error

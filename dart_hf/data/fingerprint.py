@@ -33,11 +33,11 @@ def data_fingerprint(split: datasets.Dataset | datasets.IterableDataset | None) 
         paths += [path or "" for path in images.field("path").to_pylist()]
         sizes += [_length(content) for content in images.field("bytes")]
         labels += table["label"].to_pylist() if "label" in table.column_names else [None] * len(table)
-    folders = {os.path.dirname(path) for path, size in zip(paths, sizes, strict=True) if size is None}
+    folders = {os.path.dirname(path) for path, size in zip(paths, sizes, strict=True) if size is None and path}
     root = os.path.commonpath(folders) if folders else ""
     digest = hashlib.sha256()
     for path, size, label in zip(paths, sizes, labels, strict=True):
-        if size is None:
+        if size is None and path:
             path, size = os.path.relpath(path, root), os.path.getsize(path) if os.path.exists(path) else None
         digest.update(json.dumps([path, size, label]).encode())
     return digest.hexdigest()

@@ -63,10 +63,11 @@ def _contents(split: datasets.Dataset) -> Iterator[tuple[int, int, Callable[[], 
     """The row, the size in bytes and a function that gives the SHA-256 of each image's file that exists."""
     images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))
     for number, row in enumerate(images):
-        path, content = row["image"]["path"], row["image"]["bytes"]
+        image = row["image"] or {"path": None, "bytes": None}
+        path, content = image["path"], image["bytes"]
         if content is not None:
             yield number, len(content), lambda content=content: hashlib.sha256(content).hexdigest()
-        elif os.path.exists(path):
+        elif path is not None and os.path.exists(path):
             yield number, os.path.getsize(path), lambda path=path: _file_digest(path)
 
 

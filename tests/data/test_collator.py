@@ -132,13 +132,26 @@ def odd_file(tmp_path, kind: str) -> str:
     path = tmp_path / "odd.tif"
     if kind == "damaged":
         path.write_bytes(b"II*\0 and no more")
+    elif kind == "unknown layout":
+        # PIL raises NotImplementedError for the kind of pixels.
+        PILImage.new("RGB", (9, 9)).save(path, "DDS")
+        content = bytearray(path.read_bytes())
+        content[80:84] = bytes(4)
+        path.write_bytes(content)
     elif kind != "missing":
         pixels = {"float": np.full((9, 9), 0.5, np.float32), "32 bits": np.full((9, 9), 70_000, np.int32)}
         PILImage.fromarray(pixels.get(kind, np.full((9, 9), 300, np.uint16))).save(path)
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["float", "32 bits", "16 bits", "damaged", "missing"])
+def test_a_row_without_an_image_is_an_error_or_skipped(collate, skipping):
+    batch = [{"image": None, "label": 1}, *undecoded(1, set())]
+    with pytest.raises(OSError, match="cannot be read: its row has nothing in column 'image'; skip_unreadable"):
+        collate(batch)
+    assert (skipping(batch)["labels"].tolist(), skipping.num_skipped) == ([-100, 0], 1)
+
+
+@pytest.mark.parametrize("kind", ["float", "32 bits", "16 bits", "damaged", "missing", "unknown layout"])
 @pytest.mark.parametrize("transform", [None, training_transform(DartImageProcessor(size=16, crop_size=16))])
 def test_an_image_that_cannot_be_used_is_named_or_skipped(tmp_path, kind, transform):
     path = odd_file(tmp_path, kind)

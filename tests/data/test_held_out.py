@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from dart_hf.data.fingerprint import data_fingerprint
@@ -80,9 +81,11 @@ def test_a_file_that_does_not_exist_is_no_held_out_image(pets, tmp_path):
     before = data_fingerprint(load_image_data(pets).train)
     (pets / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
     train = load_image_data(pets).train
-    assert (len(train), held_out_record(train)) == (21, expected)
-    assert len(select_held_out(train, expected)) == 20
-    assert data_fingerprint(train) != before
+    empty = Dataset.from_dict({"image": [None], "label": [1]}, features=train.features)
+    for rows in (train, concatenate_datasets([load_image_data(pets).train.select(range(20)), empty])):
+        assert (len(rows), held_out_record(rows)) == (21, expected)
+        assert len(select_held_out(rows, expected)) == 20
+        assert data_fingerprint(rows) != before
 
 
 @pytest.mark.parametrize("change", [rename, relabel, replace, add])

@@ -221,6 +221,8 @@ def test_unreadable_files_are_named(processor, coffee, tmp_path):
             processor(path)
     with pytest.raises(OSError, match=r"Cannot read .*half\.jpg.*truncated"):
         processor(Image.open(half))
+    with pytest.raises(OSError, match="Cannot read 'http://two words/a' as an image: URL"):
+        processor("http://two words/a")
     for path in (tmp_path / "none.jpg", tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no image file"):
             processor(path)
