@@ -62,12 +62,12 @@ def label_encoding(
     if isinstance(scalar, datasets.ClassLabel):
         return LabelEncoding(classes, _shared_names(splits, several, class_names, source))
     kind = scalar.dtype if isinstance(scalar, datasets.Value) else None
-    if kind is None or not kind.startswith(("string", "large_string", "int", "uint", "bool", "float", "decimal")):
+    if kind is None or not kind.startswith(("string", "large_string", "int", "uint", "bool", "float")):
         raise ValueError(
             f"label_column: the labels of {str(source)!r} are of type {feature}; accepted are text, integers, floating "
             "point numbers, and lists of them."
         )
-    if kind.startswith(("float", "decimal")):
+    if kind.startswith("float"):
         return LabelEncoding("regression", _regression_names(splits, several, class_names, source))
     if class_names is None and isinstance(splits[0], datasets.IterableDataset):
         raise ValueError(
@@ -87,7 +87,7 @@ def label_encoding(
             "the images without labels."
         )
     if class_names is not None and not text:
-        return LabelEncoding(classes, list(class_names))
+        return LabelEncoding(classes, list(class_names), {False: 0, True: 1} if kind.startswith("bool") else None)
     if class_names is not None and (unknown := sorted(values - set(class_names))):
         raise ValueError(
             f"class_names: the labels of {str(source)!r} include {quoted(unknown[:MOST_NAMED])}, not among the classes "

@@ -1,6 +1,7 @@
 """Columns of labels of any type become classes, sets of classes, or numbers."""
 
 import io
+from decimal import Decimal
 
 import numpy as np
 import pandas
@@ -60,6 +61,7 @@ def test_tables_of_pandas(tmp_path):
         ([100, 300, 200, 100], {}, ["100", "200", "300"], [0, 2, 1, 0]),
         ([0, 2, 1], {}, ["0", "1", "2"], [0, 2, 1]),
         ([True, False], {}, ["False", "True"], [1, 0]),
+        ([True, False], {"class_names": ["no", "yes"]}, ["no", "yes"], [1, 0]),
         ([0, 2], {"class_names": ["x", "y", "z"]}, ["x", "y", "z"], [0, 2]),
         (["b", "a"], {"class_names": ["b", "a", "c"]}, ["b", "a", "c"], [0, 1]),
     ],
@@ -122,6 +124,7 @@ def test_floating_point_labels_are_a_regression(tmp_path, labels, names):
         ([[0, 1, 1], [1, 0, 0]], {}, r"has the labels \[0, 1, 1\], one of them twice; .* not zeros and ones"),
         ([[0.5], [0.5, 1.0]], {}, "must be equally many numbers for each image, got 1, 2"),
         ([[[1]], [[2]]], {}, "label_column: the labels of .* are of type .*; accepted are text, integers"),
+        ([Decimal("0.5"), None], {}, "label_column: the labels of .* are of type .*; accepted are text, integers"),
         ([0.5, 1.0], {"class_names": ["x", "y"]}, "class_names: .* has 1 numbers for each image, got 2 names"),
         (["a", "b"], {"class_names": ["a", "c"]}, "class_names: the labels of .* include 'b', not among .* 'a', 'c'"),
         ([0, 5], {"class_names": ["a", "c"]}, "the split 'train' of .* has label 5, not one of its 2 classes"),
