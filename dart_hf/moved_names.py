@@ -23,23 +23,23 @@ MOVED = {
     },
     "dart_hf.averaging": {"load_average": "dart_hf.training"},
     "dart_hf.calibration": {
-        "calibrate_model": "dart_hf.evaluation.calibration",
-        "calibrate_scores": "dart_hf.evaluation.calibration",
+        "calibrate_model": "dart_hf.evaluation",
+        "calibrate_scores": "dart_hf.evaluation",
     },
     "dart_hf.checkpoints": {"latest_complete_checkpoint": "dart_hf.training"},
     "dart_hf.digits_on_photos": {"digits_on_photos": "dart_hf.data.digits_on_photos"},
     "dart_hf.distillation": {"DistillationLoss": "dart_hf.training"},
     "dart_hf.labels": {"match_labels": "dart_hf.data"},
     "dart_hf.losses": {"soft_target_cross_entropy": "dart_hf.training"},
-    "dart_hf.metrics": {"classification_accuracy": "dart_hf.evaluation.metrics"},
+    "dart_hf.metrics": {"classification_accuracy": "dart_hf.evaluation"},
     "dart_hf.optimization": {"parameter_groups": "dart_hf.training"},
     "dart_hf.pictures": {"draw_regions": "dart_hf.visualization", "save_figure": "dart_hf.visualization"},
     "dart_hf.prediction": {
-        "load_model": "dart_hf.hub.loading",
-        "predict": "dart_hf.evaluation.prediction",
+        "load_model": "dart_hf.hub",
+        "predict": "dart_hf.evaluation",
     },
-    "dart_hf.publishing": {"publish": "dart_hf.hub.publishing"},
-    "dart_hf.region_statistics": {"count_regions_on_boxes": "dart_hf.evaluation.region_statistics"},
+    "dart_hf.publishing": {"publish": "dart_hf.hub"},
+    "dart_hf.region_statistics": {"count_regions_on_boxes": "dart_hf.evaluation"},
 }
 # Old name -> what to use now. DartTrainer and Recipe are in dart_hf.training.
 GONE = {

@@ -45,9 +45,10 @@ def publish(
         *old_arguments, repo_id = repo_id, *context.args
     model = resolve_model(context, model, old_arguments, f"dart-hf publish {repo_id}")
     quiet_loading()
+    from dart_hf.hub.loading import local_folder
     from dart_hf.hub.publishing import publish as publish_model
 
-    folder = _local_folder(model)
+    folder = local_folder(model)
     done = publish_model(
         folder,
         repo_id,
@@ -71,16 +72,3 @@ def publish(
         )
     if done.license is None:
         typer.echo("The model card states no licence. Name one with --license.")
-
-
-def _local_folder(model: str) -> Path:
-    """Return a model's folder. A model on the Hub is downloaded."""
-    if Path(model).exists():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    from dart_hf.hub.loading import load_dart_config
-
-    # Names what is wrong if there is no such folder or model.
-    load_dart_config(model)
-    return Path(snapshot_download(model))

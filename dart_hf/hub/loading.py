@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import (
@@ -84,6 +85,20 @@ def load_model(source: str | os.PathLike, needs_classifier: bool = True) -> tupl
     return model.to(device).eval(), processor
 
 
+def local_folder(source: str | os.PathLike) -> Path:
+    """The folder of a DART model; one on the Hub is downloaded as a whole.
+
+    Raises:
+        OSError: There is no such folder or model, or the download fails.
+        ValueError: The model is not a DART model.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    load_dart_config(source)
+    with _hub_errors_explained(os.fspath(source)):
+        return Path(snapshot_download(os.fspath(source)))
+
+
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Hide the models' warnings: for models with random weights, and for those that have given them before."""
@@ -114,10 +129,10 @@ def _check_files(folder: Path) -> None:
     for program in ("model.onnx", "model.pt2"):
         if (folder / program).exists() and not any(folder.glob("*.safetensors")):
             raise OSError(f"The folder '{folder}' holds an exported program, {program}, not a PyTorch model.")
-    if not (folder / "preprocessor_config.json").exists():
+    if not any((folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
         raise OSError(
-            f"The folder '{folder}' has no preprocessor_config.json: save an image processor there, such as "
-            f"DartImageProcessor().save_pretrained('{folder}')."
+            f"The folder '{folder}' has no preprocessor_config.json: save the image processor of the model there, such "
+            f"as DartImageProcessor().save_pretrained('{folder}')."
         )
 
 

@@ -22,7 +22,6 @@ from dart_hf.hub.loading import load_model
 from dart_hf.hub.records import Records
 from dart_hf.modeling.image_processing_dart import read_image
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 EXAMPLE_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -35,11 +34,6 @@ def load_publishable(folder: Path) -> tuple[PreTrainedModel, BaseImageProcessor]
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
-    if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise FileNotFoundError(
-            f"The folder {str(folder)!r} has no image processor ({PROCESSOR_FILES[0]}); save the one that the model "
-            f"was trained with: processor.save_pretrained({str(folder)!r})."
-        )
     model, processor = load_model(folder, needs_classifier=False)
     model.require_scorer_weights()
     return model.cpu(), processor

@@ -65,7 +65,7 @@ CALIBRATE = ["calibrate", "--model", "model", "--data"]
         ([*PREDICT, "encoder"], "'encoder' has no classifier: it is DartModel"),
         ([*PREDICT, "incomplete"], "missing classifier.bias"),
         ([*PREDICT, "too-large"], "unexpected extra"),
-        ([*PREDICT, "unprepared"], "The folder 'unprepared' has no preprocessor_config.json: save an image processor"),
+        ([*PREDICT, "unprepared"], "The folder 'unprepared' has no preprocessor_config.json: save the image processor"),
         ([*PREDICT, "program"], "The folder 'program' holds an exported program, model.onnx"),
         ([*PREDICT, "cup.png"], "'cup.png' is a file"),
         ([*PREDICT, "./none"], "There is no folder './none'"),

@@ -153,6 +153,7 @@ def test_checkpoint_of_the_authors_is_converted_from_the_hub(hub, dart_hf, tmp_p
         ("user/refused", "403"),
         ("user/broken", "connection broke.*run this again"),
         ("user/half", "500"),
+        ("user/dropped", "connection broke.*run this again"),
     ],
 )
 def test_model_that_cannot_be_downloaded_is_explained(hub, dart_hf, folder, picture, name, reason):
@@ -162,12 +163,13 @@ def test_model_that_cannot_be_downloaded_is_explained(hub, dart_hf, folder, pict
     hub.fail("resolve_head", 403, code="GatedRepo", path="user/gated", times=100)
     hub.fail("resolve_head", 403, path="user/refused", times=100)
     hub.fail("resolve_head", "drop answer", path="user/broken", times=100)
-    hub.fail("lfs_download", 500, times=100)
-    exit_code, printed, complaint = dart_hf("predict", picture, "--model", name)
+    hub.fail("lfs_download", 500 if name == "user/half" else "drop answer", times=100)
+    for command in (("predict", picture), ("publish", "user/copy")):
+        exit_code, printed, complaint = dart_hf(*command, "--model", name)
+        assert (exit_code, printed) == (2, "")
+        assert re.fullmatch(f"dart-hf: .*{name}.*{reason}.*\n", complaint)
+        assert "huggingface.co" not in complaint  # this Hub has another address
     hub.mend()
-    assert (exit_code, printed) == (2, "")
-    assert re.fullmatch(f"dart-hf: .*{name}.*{reason}.*\n", complaint)
-    assert "huggingface.co" not in complaint  # this Hub has another address
 
 
 @pytest.fixture(scope="module")

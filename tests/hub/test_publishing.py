@@ -678,11 +678,7 @@ def diverge(folder: Path) -> None:
     ("settings", "damage", "words"),
     [
         ({}, lambda folder: (folder / "config.json").unlink(), "holds no model"),
-        (
-            {},
-            lambda folder: (folder / "preprocessor_config.json").unlink(),
-            "has no image processor (preprocessor_config.json); save the one",
-        ),
+        ({}, lambda folder: (folder / "preprocessor_config.json").unlink(), "save the image processor of the model"),
         ({"scorer": "squeezenet1_1", "image_size": 64}, lambda folder: None, "The scorer is dead"),
         ({}, remove_a_weight, "missing classifier.bias"),
         ({}, diverge, "logits are not finite"),
