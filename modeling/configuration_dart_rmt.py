@@ -88,8 +88,6 @@ class DartRmtConfig(RegionConfig):
                     f"decay_starts and decay_ranges must leave every head above 0, got {start} and {extent} for "
                     f"{heads} heads."
                 )
-        if self.first_strip_edge < 0:
-            raise ValueError(f"first_strip_edge must be at least 0, got {self.first_strip_edge}.")
 
 
 # The settings that have one entry for each stage.

@@ -15,12 +15,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TORCHVISION_TRUNKS = ("mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0", "squeezenet1_1")
+# Settings that have a range in every configuration that has them.
+PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+NOT_NEGATIVE = ("layer_norm_eps", "initializer_range", "first_strip_edge")
 
 
 def checked(config_class: type) -> type:
     """As `strict`, which checks the type of every setting when it is given and when it is set later.
 
-    A setting of the wrong type, or below 1 although `at_least_1` names it, is a ValueError in one sentence.
+    A setting of the wrong type or out of its range (`at_least_1` names those from 1) is a ValueError in one sentence.
     """
     config_class = strict(config_class)
     types = {field.name: field.type for field in fields(config_class)}
@@ -33,6 +36,10 @@ def checked(config_class: type) -> type:
             raise ValueError(f"{name} must be {_accepted(types[name])}, got {value!r}.") from error
         if name in config_class.at_least_1 and value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+        if name in PROBABILITIES and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value}.")
+        if name in NOT_NEGATIVE and not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}.")
 
     validate_checked = config_class.validate
 
