@@ -43,8 +43,9 @@ def export(
     model = resolve_model(context, model, context.args, "dart-hf export")
     quiet_loading()
     from dart_hf.export import export_model
+    from dart_hf.files import absolute_source
 
-    output = output or Path(f"{Path(model).name}-{format}")
+    output = output or Path(f"{Path(absolute_source(model)).name}-{format}")
     # To stderr, so that stdout holds the result alone.
     report = functools.partial(typer.echo, err=True)
     done = export_model(model, output, format=format, num_patches=num_patches, int8=int8, report=report)

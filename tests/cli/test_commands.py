@@ -130,6 +130,12 @@ def test_quickstart_options_reach_the_library(run, monkeypatch):
     assert (given, settings) == ((Path("out"),), {"steps": 7, "num_patches": 25, "seed": 3})
 
 
+def test_export_names_its_output_after_the_model(run, tmp_path, monkeypatch):
+    (tmp_path / "cups" / "cups-onnx" / "used").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cups")
+    assert "the folder cups-onnx is not empty" in run("export", "--model", ".").stderr
+
+
 def test_export_takes_the_old_spelling_and_warns(run, folder, tmp_path):
     result = run("export", "vit", "--output", tmp_path / "out")
     warning, error = result.stderr.splitlines()
