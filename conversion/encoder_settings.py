@@ -70,7 +70,7 @@ def read_rmt_settings(tensors: Tensors) -> dict[str, Reading]:
 
 
 def _stage_settings(tensors: Tensors, stage: str) -> dict[str, Reading]:
-    """Read what RMT's settings have one entry per stage for, of the stage whose tensor names start with `stage`."""
+    """Read one stage's entries of RMT's settings. The names of its tensors start with `stage`."""
     query, mlp = f"{stage}blocks.0.retention.q_proj.weight", f"{stage}blocks.0.ffn.fc1.weight"
     decay, scales = f"{stage}Relpos.decay", f"{stage}blocks.*.gamma_*"
     width = _shape(tensors, query, 2)[0]

@@ -2,7 +2,7 @@
 
 A DART with one equal region for each of the ViT's patches computes the ViT's own logits with the ViT's weights.
 Fine-tuning then lets the regions follow the content. An encoder without a classifier is treated as a classifier of no
-classes, whose "logits" are the class token's normalised features.
+classes; its "logits" are then the class token's normalised features.
 """
 
 import os

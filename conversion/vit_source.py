@@ -60,7 +60,7 @@ def common_settings(
 
 
 def fold_position(tensors: dict[str, torch.Tensor], token: str, positions: str) -> None:
-    """Add the second row of a position table to the distillation token, whose position it is, and remove the row."""
+    """Add the second row of a position table, the distillation token's, to that token, and remove the row."""
     table = tensors[positions]
     tensors[token] = tensors[token] + table[:, 1:2]
     tensors[positions] = torch.cat([table[:, :1], table[:, 2:]], dim=1)

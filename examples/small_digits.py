@@ -26,9 +26,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from dart_hf.data.digits_on_photos import digits_on_photos
-from dart_hf.evaluation.region_statistics import count_regions_on_boxes
+from dart_hf.evaluation import count_regions_on_boxes
 from dart_hf.quickstart import small_dart
-from dart_hf.training.classifier import train_classifier
+from dart_hf.training import train_classifier
 
 SETTINGS = {
     "image_size": 224,

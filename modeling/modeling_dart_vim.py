@@ -35,7 +35,7 @@ class DartVimConvolution(nn.Module):
         num_channels, _, kernel_size = self.weight.shape
         reach, length = kernel_size - 1, x.shape[1]
         weight, first = (self.weight.flip(-1), reach) if self.backwards else (self.weight, 0)
-        # As an image one pixel high, whose memory format is channels_last: it needs no copy.
+        # This image, one pixel high, is in the channels_last format already, so it needs no copy.
         image = x.transpose(1, 2)[:, :, None]
         convolved = conv2d(image, weight[:, :, None], self.bias, padding=(0, reach), groups=num_channels)
         return convolved[:, :, 0, first : first + length].transpose(1, 2)

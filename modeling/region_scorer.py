@@ -172,8 +172,8 @@ class RegionScorer(nn.Module):
 def adopt_running_rule(scorer: RegionScorer, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Turn "batch" to "running" when a model without running statistics is given some.
 
-    A training does the same to a converted model. What it trained may come without a configuration: a LoRA adapter has
-    the statistics, and nothing else tells that they are to be used.
+    The training of a converted model does the same. A LoRA adapter has the statistics of its training but no
+    configuration, so nothing else tells that they are to be used.
     """
     tracked = [key for key in state_dict if key.startswith(f"{prefix}statistics.") and key.endswith("batches_tracked")]
     new = not scorer.statistics.num_batches_tracked.is_meta and scorer.statistics.num_batches_tracked == 0

@@ -130,7 +130,7 @@ def _is_hooked(layer: nn.Module) -> bool:
 def folded_weights(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals `convolution` followed by `norm` in evaluation mode.
 
-    As `torch.nn.utils.fusion.fuse_conv_bn_weights`, whose result is `nn.Parameter`s: these would cut the gradient, and
+    `torch.nn.utils.fusion.fuse_conv_bn_weights` returns `nn.Parameter`s. They would cut the gradient, and
     `torch.compile` cannot trace them.
     """
     scale = (norm.running_var + norm.eps).rsqrt()

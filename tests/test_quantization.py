@@ -59,7 +59,7 @@ def check(quantized, model, scorer_is_kept):
     }
     if scorer_is_kept:
         torch.testing.assert_close(found.regions.strip_edges, expected.regions.strip_edges, rtol=1e-4, atol=1e-4)
-    # What looks like a layer of torch's is one: a quantiser has replaced nothing whose input it does not know.
+    # A quantiser replaces layers of torch. This one reads patches, so it must not look like a layer of torch.
     assert type(quantized.get_input_embeddings()) is type(model.get_input_embeddings())
 
 

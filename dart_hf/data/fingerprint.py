@@ -21,7 +21,7 @@ def data_fingerprint(split: datasets.Dataset | datasets.IterableDataset | None) 
         split: Columns `image` (undecoded or decoded) and `label`, as [`load_image_data`] gives them.
 
     Returns:
-        Hexadecimal digits; None for a stream, whose rows cannot be listed, and for None.
+        Hexadecimal digits. None for None, and for a stream, because its rows cannot be listed.
     """
     if not isinstance(split, datasets.Dataset):
         return None

@@ -86,7 +86,7 @@ def no_images(name: str) -> ValueError:
 
 
 def select_split(splits: Mapping[str, Split], name: str, source: str | os.PathLike) -> Split:
-    """A split by its name, or a part of one in `datasets`' slice notation. A folder's own word for it is a name too.
+    """A split by its name or its folder's (`Testing`), or a part of one in `datasets`' slice notation.
 
     Raises:
         ValueError: There is no such split or part.

@@ -76,7 +76,7 @@ def predict(
         images: The files; [`image_files`] finds those in folders.
         num_patches: Token budget; by default the model's own.
         top_k: How many classes to name for each image, at most all. By default the five likeliest; for a multi-label
-            model all whose probability is above 0.5. Not for a regression, which always returns all numbers.
+            model all with a probability above 0.5. Not for a regression, which always returns all numbers.
         batch_size: Images in a batch. A model with `score_normalization="batch"` gets single images, because its
             answers would depend on the other images of a batch.
         progress: Show a progress bar on a terminal.

@@ -50,7 +50,7 @@ def remove_incomplete_checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint. It stops to count as complete first, because it may be killed half deleted."""
+    """Delete a checkpoint, its mark first: the process may be killed before the rest is deleted."""
     (checkpoint / MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 

@@ -102,7 +102,7 @@ def _check_known(changes: Mapping[str, Any], config: type[RegionConfig]) -> None
 
 @contextmanager
 def _settings_checked() -> Iterator[None]:
-    """Raise a ValueError of one sentence for a setting of the wrong type."""
+    """Name `model_settings` in the errors of a configuration."""
     try:
         yield
     except ValueError as error:

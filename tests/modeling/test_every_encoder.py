@@ -194,7 +194,7 @@ def test_runs_with_a_part_of_its_weights_on_disk(model_type, tmp_path):
 
 
 def units(model: RegionPreTrainedModel) -> list[torch.nn.Module]:
-    """What FSDP gathers at once, of every kind that the model names."""
+    """The modules that FSDP gathers at once: every kind that the model names."""
     found = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     assert {type(unit).__name__ for unit in found} == set(model._no_split_modules)
     return found
@@ -211,7 +211,7 @@ def test_a_half_precision_model_shards(model, process_group):
 
 
 def test_trains_under_fsdp_2(model, process_group):
-    """Which takes a unit's weights out of memory when the unit is done."""
+    """Takes a unit's weights out of memory when the unit is done."""
     expected = gradients(model.train())
     # The inner ones first.
     for module in [*reversed(units(model)), model]:
@@ -252,7 +252,7 @@ def test_compiles_as_one_graph_forward_and_backward(model):
 
 @torch.no_grad()
 def test_an_eager_call_makes_no_new_graph(model):
-    """What it keeps in mind, as that it has warned, is nothing to the compiled model."""
+    """What a model remembers, such as that it has warned, does not matter to the compiled model."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)

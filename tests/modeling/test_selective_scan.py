@@ -32,7 +32,7 @@ def literal_scan(x, delta, A, B, C, backwards=False) -> torch.Tensor:
 def inputs(
     length: int, batch: int = 2, channels: int = 3, states: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[torch.Tensor]:
-    """x, Δ, A, B, C, of which some states forget within a token and others remember hundreds."""
+    """x, Δ, A, B, C. Some states forget within a token, others remember hundreds."""
     generator = torch.Generator().manual_seed(seed)
     randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     drawn = (

@@ -163,7 +163,7 @@ def run_training_keeping_all(train: Training, output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def start():
-    """Runs a function in a process of its own, in which everything has been imported."""
+    """Runs a function in a process of its own that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "dart_hf.training.run"])
 
