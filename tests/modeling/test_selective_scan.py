@@ -19,7 +19,7 @@ both_directions = pytest.mark.parametrize("backwards", [False, True])
 
 
 def literal_scan(x, delta, A, B, C, backwards=False) -> torch.Tensor:
-    """h = exp(Δ A) h + Δ x B and y = C·h, one token after the other; arguments and result as of `selective_scan`."""
+    """h = exp(Δ A) h + Δ x B and y = C·h, token by token. Arguments and result are those of `selective_scan`."""
     h = x.new_zeros(x.shape[0], *A.shape)
     y = [None] * x.shape[1]
     for t in reversed(range(x.shape[1])) if backwards else range(x.shape[1]):
@@ -32,7 +32,7 @@ def literal_scan(x, delta, A, B, C, backwards=False) -> torch.Tensor:
 def inputs(
     length: int, batch: int = 2, channels: int = 3, states: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[torch.Tensor]:
-    """x, Δ, A, B, C. Some states forget within a token, others remember hundreds."""
+    """x, Δ, A, B, C. Some states forget within a token, others remember hundreds of tokens."""
     generator = torch.Generator().manual_seed(seed)
     randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     drawn = (
@@ -45,21 +45,21 @@ def inputs(
     return [tensor.to(dtype) for tensor in drawn]
 
 
-def weights_of(y: torch.Tensor) -> torch.Tensor:
+def fixed_weights(y: torch.Tensor) -> torch.Tensor:
     """The same numbers in every precision."""
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)
 
 
 def values_and_gradients(scan, tensors, backwards=False) -> dict[str, torch.Tensor]:
-    """y, and the gradients of all five inputs of a weighted sum of it."""
+    """y, and the gradients of a weighted sum of it for all five inputs."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     y = scan(*leaves, backwards)
-    gradients = torch.autograd.grad((y * weights_of(y)).sum(), leaves)
+    gradients = torch.autograd.grad((y * fixed_weights(y)).sum(), leaves)
     return {"y": y.detach(), **dict(zip(NAMES, gradients, strict=True))}
 
 
 def assert_agrees(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-9) -> None:
-    """max|a - b| / max|b| of each tensor."""
+    """Compare max|a - b| / max|b| of each tensor."""
     for name, value in expected.items():
         assert found[name].shape == value.shape
         error = (found[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-300)
@@ -71,24 +71,22 @@ def assert_scans(tensors, backwards, scan=selective_scan) -> None:
     assert_agrees(values_and_gradients(scan, tensors, backwards), expected)
 
 
-@pytest.fixture
-def in_graph(monkeypatch):
-    """The scan that compilers and exporters see, run as it is."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+@pytest.fixture(params=["blockwise", "compiled", "exported"])
+def implementation(request, monkeypatch) -> str:
+    """Run, without a compiler, the implementation that `torch.compile` or an exporter gets."""
+    if request.param == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if request.param == "exported":
+        monkeypatch.setattr(module, "is_torchdynamo_exporting", lambda: True)
+    return request.param
 
 
-LENGTHS = (1, 2, 5, 16, 17, 100, 393, 1569)
+# --- values and gradients --------------------------------------------------------------------------------------------
 
 
 @both_directions
-@pytest.mark.parametrize("length", LENGTHS)
-def test_values_and_gradients_are_those_of_the_loop(length, backwards):
-    assert_scans(inputs(length), backwards)
-
-
-@both_directions
-@pytest.mark.parametrize("length", LENGTHS)
-def test_the_scan_in_a_graph_is_the_loop_too(in_graph, length, backwards):
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 17, 100, 393])
+def test_every_implementation_agrees_with_the_loop(implementation, length, backwards):
     assert_scans(inputs(length), backwards)
 
 
@@ -97,7 +95,7 @@ def test_the_scan_in_a_graph_is_the_loop_too(in_graph, length, backwards):
 @pytest.mark.parametrize(
     ("block", "length", "images", "segments"),
     [
-        # A block of fewer than four tokens is not made, nor one of less than an image.
+        # A block has at least four tokens, and at least one image.
         (1, 3, 1, 1),
         (1, 4, 1, 1),
         (1, 5, 1, 2),
@@ -105,13 +103,13 @@ def test_the_scan_in_a_graph_is_the_loop_too(in_graph, length, backwards):
         (200, 50, 1, 4),
         # One more token than fills a block.
         (200, 17, 1, 2),
-        # Three segments of five tokens would do, but in steps of chunks two take all.
+        # Three segments of five tokens would do, but in steps of chunks two segments take all tokens.
         (60, 11, 1, 2),
         (400, 50, 2, 4),
         (2000, 50, 10, 1),
     ],
 )
-def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, backwards, batch):
+def test_blocks_of_any_size_give_the_same_result(monkeypatch, block, length, images, segments, backwards, batch):
     monkeypatch.setattr(blockwise_scan, "CPU_BLOCK", block)
     tensors = inputs(length, batch)
     sizes = blockwise_scan._Sizes.choose(tensors[0], num_states=4)
@@ -134,7 +132,7 @@ def test_however_the_work_is_cut(monkeypatch, block, length, images, segments, b
         (10**6, 5),
     ],
 )
-def test_chunks_side_by_side_keep_all_threads_busy(monkeypatch, step, chunks, backwards):
+def test_there_are_enough_chunks_for_all_threads(monkeypatch, step, chunks, backwards):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(blockwise_scan, "CPU_STEP", step)
     tensors = inputs(25)
@@ -144,37 +142,30 @@ def test_chunks_side_by_side_keep_all_threads_busy(monkeypatch, step, chunks, ba
 
 @both_directions
 @pytest.mark.parametrize("block", [100, 200, 10**6])
-def test_the_gradient_may_have_other_threads(monkeypatch, block, backwards):
+def test_backward_works_with_another_number_of_threads(monkeypatch, block, backwards):
     monkeypatch.setattr(blockwise_scan, "CPU_BLOCK", block)
     monkeypatch.setattr(blockwise_scan, "CPU_STEP", 24)
-    tensors = inputs(25)
-    expected = values_and_gradients(literal_scan, tensors, backwards)
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    y = selective_scan(*leaves, backwards)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    (y * weights_of(y)).sum().backward()
-    assert_agrees({name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}, {n: expected[n] for n in NAMES})
+
+    def scan(*tensors):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        y = selective_scan(*tensors)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        return y
+
+    assert_scans(inputs(25), backwards, scan)
 
 
 @both_directions
-def test_no_sequence_at_all(backwards):
+def test_an_empty_batch_gives_an_empty_result(backwards):
     leaves = [tensor.requires_grad_() for tensor in inputs(5, batch=0)]
     y = selective_scan(*leaves, backwards)
-    assert y.shape == (0, 5, 3)
     y.sum().backward()
-    assert leaves[0].grad.shape == (0, 5, 3) and not leaves[2].grad.any()
+    assert y.shape == leaves[0].grad.shape == (0, 5, 3) and not leaves[2].grad.any()
 
 
 @both_directions
 def test_the_result_can_be_changed_in_place(backwards):
-    tensors = inputs(7)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    y = selective_scan(*leaves, backwards)
-    y += 1
-    y.sum().backward()
-    torch.testing.assert_close(y, literal_scan(*tensors, backwards) + 1)
-    assert leaves[0].grad.isfinite().all()
+    assert_scans(inputs(7), backwards, lambda *tensors: selective_scan(*tensors).add_(1).sub_(1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,7 +179,7 @@ def test_the_result_can_be_changed_in_place(backwards):
     backwards=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(length, batch, channels, states, block, step, backwards, seed):
+def test_any_shape_agrees_with_the_loop(length, batch, channels, states, block, step, backwards, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise_scan, "CPU_BLOCK", block)
         patch.setattr(blockwise_scan, "CPU_STEP", step)
@@ -200,7 +191,7 @@ def test_any_shape(length, batch, channels, states, block, step, backwards, seed
 
 @both_directions
 @pytest.mark.parametrize("length", [17, 393, 2000])
-def test_float32_is_off_by_its_rounding(length, backwards):
+def test_float32_differs_from_float64_by_rounding_only(length, backwards):
     expected = values_and_gradients(selective_scan, inputs(length), backwards)
     found = values_and_gradients(selective_scan, inputs(length, dtype=torch.float32), backwards)
     assert {value.dtype for value in found.values()} == {torch.float32}
@@ -210,10 +201,9 @@ def test_float32_is_off_by_its_rounding(length, backwards):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_half_precision_is_computed_in_float32(dtype, autocast, compiled):
-    """Nothing is rounded but what comes in and what goes out; under autocast, and with `backward` under it, too."""
-    torch.compiler.reset()
-    scan = torch.compile(selective_scan, fullgraph=True, backend="aot_eager") if compiled else selective_scan
+def test_half_precision_and_autocast_compute_in_float32(dtype, autocast, compiled):
+    """Only inputs and results are rounded, in the backward pass too."""
+    scan = compile_scan() if compiled else selective_scan
     tensors = inputs(12, dtype=dtype)
     exact = values_and_gradients(scan, [tensor.float() for tensor in tensors])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -223,7 +213,7 @@ def test_half_precision_is_computed_in_float32(dtype, autocast, compiled):
         assert torch.equal(value, exact[name].to(dtype)), name
 
 
-def test_the_precision_is_that_of_the_values():
+def test_the_result_has_the_dtype_of_the_values():
     x, delta, A, B, C = inputs(20, dtype=torch.float32)
     mixed = selective_scan(x.bfloat16(), delta, A, B.bfloat16(), C.half())
     expected = selective_scan(x.bfloat16().float(), delta, A, B.bfloat16().float(), C.half().float())
@@ -231,19 +221,17 @@ def test_the_precision_is_that_of_the_values():
 
 
 @both_directions
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("step", [0.0, 1e4, 1e30])
-def test_time_steps_of_any_size(monkeypatch, step, dtype, tolerance, compiled, backwards):
-    """A token with a large time step wipes the states out; one without any leaves them alone."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+def test_time_steps_of_any_size(implementation, step, dtype, tolerance, backwards):
+    """A large time step erases the states; a time step of zero leaves them unchanged."""
     tensors = inputs(40)
     tensors[1][:, ::7] = step
     expected = values_and_gradients(literal_scan, tensors, backwards)
     found = values_and_gradients(selective_scan, [tensor.to(dtype) for tensor in tensors], backwards)
     assert all(value.isfinite().all() for value in found.values())
     assert_agrees(found, expected, tolerance)
-    # The others' results and gradients are lost in such a token's, which are as large as its time step.
+    # Beside the numbers of these tokens, which are as large as their time steps, errors of the others would not show.
     others = [t for t in range(40) if t % 7]
     for result in (found, expected):
         result.update({name: value[:, others] for name, value in result.items() if name != "A"})
@@ -251,11 +239,9 @@ def test_time_steps_of_any_size(monkeypatch, step, dtype, tolerance, compiled, b
 
 
 @both_directions
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rate", [0.0, -1e4, -1e30])
-def test_rates_of_any_size(monkeypatch, rate, compiled, backwards):
-    """From states that never forget to states that do at once."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+def test_decay_rates_of_any_size(implementation, rate, backwards):
+    """A rate of zero never forgets; a large one forgets at once."""
     tensors = inputs(40)
     tensors[2][:, ::2] = rate
     assert_scans(tensors, backwards)
@@ -263,41 +249,32 @@ def test_rates_of_any_size(monkeypatch, rate, compiled, backwards):
     assert all(value.isfinite().all() for value in found.values())
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory and gradients --------------------------------------------------------------------------------------------
 
 
-def kept_numbers(length: int, backwards: bool, scan=selective_scan) -> int:
-    """How many numbers are kept for the gradient."""
-    kept = {}
+def count_saved_numbers(length: int, backwards: bool = False, scan=selective_scan) -> int:
+    """How many numbers autograd saves for the backward pass."""
+    saved = {}
 
-    def look(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
         return tensor
 
     tensors = [tensor.requires_grad_() for tensor in inputs(length, channels=96, states=16, dtype=torch.float32)]
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         y = scan(*tensors, backwards)
-    assert y.requires_grad and kept
-    return sum(kept.values())
+    assert y.requires_grad and saved
+    return sum(saved.values())
 
 
 @both_directions
-def test_what_is_kept_for_the_gradient_grows_with_the_length_and_not_with_the_states(backwards):
+def test_memory_for_the_gradient_grows_with_the_length_and_not_with_the_states(backwards):
     lengths = (512, 1024, 2048)
-    kept = [kept_numbers(length, backwards) for length in lengths]
-    assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]), rel=0.05)
-    for length, numbers in zip(lengths, kept, strict=True):
-        # x and Δ are twice as many; the states would be sixteen times as many.
-        assert numbers < 3 * 2 * length * 96
-
-
-def test_a_compiled_scan_keeps_no_more():
-    torch.compiler.reset()
-    compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
-    assert kept_numbers(100, False, scan=compiled) < 3 * 2 * 100 * 96
-
-
-# --- how it is called ------------------------------------------------------------------------------------------------
+    saved = [count_saved_numbers(length, backwards) for length in lengths]
+    assert saved[2] - saved[1] == pytest.approx(2 * (saved[1] - saved[0]), rel=0.05)
+    # x and Δ are twice as many numbers; the states would be sixteen times as many.
+    assert all(numbers < 3 * 2 * length * 96 for length, numbers in zip(lengths, saved, strict=True))
+    assert count_saved_numbers(100, backwards, scan=compile_scan()) < 3 * 2 * 100 * 96
 
 
 @pytest.mark.parametrize("constant", NAMES)
@@ -307,13 +284,13 @@ def test_a_tensor_that_needs_no_gradient_gets_none(constant):
     leaves = dict(zip(NAMES, [tensor.requires_grad_() for tensor in tensors], strict=True))
     leaves[constant].requires_grad_(False)
     y = selective_scan(**leaves)
-    (y * weights_of(y)).sum().backward()
+    (y * fixed_weights(y)).sum().backward()
     assert leaves.pop(constant).grad is None
     assert_agrees({name: leaf.grad for name, leaf in leaves.items()}, {name: expected[name] for name in leaves})
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
+def test_no_gradient_is_recorded_when_none_is_wanted(mode):
     tensors = [tensor.requires_grad_() for tensor in inputs(30)]
     with mode():
         y = selective_scan(*tensors)
@@ -322,9 +299,7 @@ def test_without_gradients(mode):
 
 
 @both_directions
-@pytest.mark.parametrize("compiled", [False, True])
-def test_tensors_that_are_views(monkeypatch, compiled, backwards):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+def test_views_are_accepted_and_left_unchanged(implementation, backwards):
     x, delta, A, B, C = inputs(20)
     wide = torch.cat([B, C], dim=2)
     views = [
@@ -335,20 +310,20 @@ def test_tensors_that_are_views(monkeypatch, compiled, backwards):
         wide[..., 4:],
     ]
     assert not any(view.is_contiguous() for view in views)
-    found = selective_scan(*views, backwards)
+    before = [view.clone() for view in views]
+    leaves = [view.requires_grad_() for view in views[:3]]
+    found = selective_scan(*leaves, *views[3:], backwards)
+    found.sum().backward()
     torch.testing.assert_close(found, literal_scan(*views, backwards))
-
-
-def test_the_inputs_are_left_as_they_were():
-    tensors = inputs(50)
-    before = [tensor.clone() for tensor in tensors]
-    values_and_gradients(selective_scan, tensors)
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    selective_scan(*leaves).sum().backward()
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
+    assert all(torch.equal(view, copy) for view, copy in zip(views, before, strict=True))
 
 
 # --- compilation and export ------------------------------------------------------------------------------------------
+
+
+def compile_scan():
+    torch.compiler.reset()
+    return torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
 
 
 class Scan(nn.Module):
@@ -358,16 +333,14 @@ class Scan(nn.Module):
 
 @both_directions
 def test_compiles_as_one_graph_forward_and_backward(backwards):
-    torch.compiler.reset()
-    compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
+    compiled = compile_scan()
     for length in (1, 20, 31):
         assert_scans(inputs(length), backwards, scan=compiled)
 
 
 @both_directions
 def test_exports_for_any_number_of_images(backwards):
-    batch = torch.export.Dim("batch")
-    sequence = {0: batch}
+    sequence = {0: torch.export.Dim("batch")}
     program = torch.export.export(
         Scan(),
         tuple(inputs(50)),
@@ -383,7 +356,7 @@ def test_exports_for_any_number_of_images(backwards):
 
 
 class OnAGpu(torch.Tensor):
-    """A tensor in memory that says it is not."""
+    """A tensor in main memory that claims to be on a GPU."""
 
     is_cuda = True
 
@@ -396,14 +369,13 @@ def fake_kernel(calls: list, u, delta, A, B, C) -> torch.Tensor:
     """mamba_ssm's `selective_scan_fn`: u, Δ (batch, E, L), A (E, S), B and C (batch, S, L) -> y (batch, E, L)."""
     calls.append([tuple(tensor.shape) for tensor in (u, delta, A, B, C)])
     assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (u, delta, A, B, C))
-    sequences = (tensor.transpose(1, 2) for tensor in (u, delta, B, C))
-    x, delta, B, C = sequences
+    x, delta, B, C = (tensor.transpose(1, 2) for tensor in (u, delta, B, C))
     return literal_scan(x, delta, A, B, C).transpose(1, 2)
 
 
 @both_directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kernel_is_called_as_mamba_ssm_documents_it(monkeypatch, dtype, backwards):
+def test_the_kernel_is_called_as_mamba_ssm_documents_it(monkeypatch, dtype, backwards):
     calls = []
     monkeypatch.setattr(module, "cuda_kernel", lambda: functools.partial(fake_kernel, calls))
     tensors = inputs(9, batch=2, channels=3, states=4, dtype=dtype)
@@ -414,25 +386,27 @@ def test_a_kernel_is_called_as_mamba_ssm_documents_it(monkeypatch, dtype, backwa
     assert_agrees(found, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("why", ["on a CPU", "switched off", "in float64", "there is none", "compiled"])
-def test_where_no_kernel_can_be_used_pytorch_takes_its_place(monkeypatch, why):
+@pytest.mark.parametrize("reason", ["on a CPU", "switched off", "in float64", "not installed", "compiled"])
+def test_pytorch_computes_where_the_kernel_cannot_be_used(monkeypatch, reason):
     def kernel(*tensors):
         raise AssertionError("The kernel is called.")
 
-    dtype = torch.float64 if why == "in float64" else torch.float32
-    monkeypatch.setattr(module, "cuda_kernel", lambda: None if why == "there is none" else kernel)
-    monkeypatch.setattr(module, "USE_CUDA_KERNEL", why != "switched off")
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: why == "compiled")
-    tensors = inputs(30, dtype=dtype)
-    found = selective_scan(*(tensors if why == "on a CPU" else on_a_gpu(tensors)))
+    monkeypatch.setattr(module, "cuda_kernel", lambda: None if reason == "not installed" else kernel)
+    monkeypatch.setattr(module, "USE_CUDA_KERNEL", reason != "switched off")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: reason == "compiled")
+    tensors = inputs(30, dtype=torch.float64 if reason == "in float64" else torch.float32)
+    found = selective_scan(*(tensors if reason == "on a CPU" else on_a_gpu(tensors)))
     torch.testing.assert_close(found, literal_scan(*tensors), check_dtype=True)
 
 
+MAMBA_MODULE = "mamba_ssm.ops.selective_scan_interface"
+
+
 @pytest.fixture
-def packages(monkeypatch):
-    """Installs packages by their name; those that this module looks for are not installed at first."""
+def install(monkeypatch):
+    """A function that puts a module into `sys.modules`. At first no package with a kernel is installed."""
     cuda_kernel.cache_clear()
-    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface", "kernels"):
+    for name in ("mamba_ssm", "mamba_ssm.ops", MAMBA_MODULE, "kernels"):
         monkeypatch.setitem(sys.modules, name, None)
 
     def install(name: str, **content) -> None:
@@ -445,68 +419,46 @@ def packages(monkeypatch):
     cuda_kernel.cache_clear()
 
 
-def mamba_kernel() -> None:
-    """Stands for the one of the package mamba_ssm."""
-
-
-def hub_kernel() -> None:
-    """Stands for the one that the package kernels downloads."""
-
-
-@pytest.fixture
-def warnings(monkeypatch) -> list[str]:
-    said = []
-    monkeypatch.setattr(module.logger, "warning", said.append)
-    return said
-
-
-def test_mamba_ssm_has_the_kernel(packages):
-    packages("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=mamba_kernel)
-    packages("kernels", get_kernel=None)
-    assert cuda_kernel() is mamba_kernel
-
-
-def test_the_hub_has_the_kernel(packages):
+def test_mamba_ssm_is_preferred_to_the_hub(install, warnings_of):
     asked = []
 
-    def get_kernel(name, **which):
-        asked.append((name, which))
-        return SimpleNamespace(selective_scan_fn=hub_kernel)
+    def get_kernel(name, version):
+        asked.append(name)
+        return SimpleNamespace(selective_scan_fn="from the Hub")
 
-    packages("kernels", get_kernel=get_kernel)
-    assert cuda_kernel() is cuda_kernel() is hub_kernel
-    # Once, and a version by its number: what is on the Hub's main branch may change.
-    assert [name for name, _ in asked] == ["kernels-community/mamba-ssm"] and "version" in asked[0][1]
+    assert cuda_kernel() is None
+    cuda_kernel.cache_clear()
+    install("kernels", get_kernel=get_kernel)
+    assert cuda_kernel() == cuda_kernel() == "from the Hub"
+    assert asked == ["kernels-community/mamba-ssm"]
+    cuda_kernel.cache_clear()
+    install(MAMBA_MODULE, selective_scan_fn="from mamba_ssm")
+    assert cuda_kernel() == "from mamba_ssm" and len(asked) == 1
+    assert not warnings_of()
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "error",
     [
         ImportError("undefined symbol"),
         OSError("libcudart.so.11.0 is missing"),
         ModuleNotFoundError("No module named 'selective_scan_cuda'", name="selective_scan_cuda"),
     ],
 )
-def test_a_mamba_ssm_that_cannot_be_loaded_is_mentioned(packages, warnings, monkeypatch, damage):
+def test_kernels_that_cannot_be_loaded_are_named_in_one_warning_each(install, warnings_of, monkeypatch, error):
     import_module = module.importlib.import_module
 
-    def fails(name):
-        if name.startswith("mamba_ssm"):
-            raise damage
+    def fail_for_mamba(name):
+        if name == MAMBA_MODULE:
+            raise error
         return import_module(name)
 
-    packages("kernels", get_kernel=lambda name, **which: SimpleNamespace(selective_scan_fn=hub_kernel))
-    monkeypatch.setattr(module.importlib, "import_module", fails)
-    assert cuda_kernel() is hub_kernel
-    (said,) = warnings
-    assert "mamba_ssm" in said and str(damage) in said
-
-
-def test_a_kernel_that_the_hub_does_not_hand_out_is_mentioned_once(packages, warnings):
-    def get_kernel(name, **which):
+    def get_kernel(name, version):
         raise ValueError("no build for torch 9.9")
 
-    packages("kernels", get_kernel=get_kernel)
+    monkeypatch.setattr(module.importlib, "import_module", fail_for_mamba)
+    install("kernels", get_kernel=get_kernel)
     assert cuda_kernel() is None and cuda_kernel() is None
-    (said,) = warnings
-    assert "kernels" in said and "no build for torch 9.9" in said
+    of_mamba, of_hub = warnings_of()
+    assert "mamba_ssm" in of_mamba and str(error) in of_mamba
+    assert "kernels" in of_hub and "no build for torch 9.9" in of_hub
