@@ -1,4 +1,4 @@
-"""What every encoder's classifier does: independence of the batch, gradients, loading, sharding, compilation."""
+"""Every encoder's classifier: outputs, gradients, loading, sharding, precision, compilation."""
 
 import functools
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 
 LABELS = tuple("abcde")
 SIDE = 32
-# A ViT's classifier computes its last layer for the class token alone.
+# A ViT's classifier runs its last layer for the class token only, so two layers are needed.
 LAYERS = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, "dart_rmt": {"drop_path_rate": 0.0}}
-# Deep enough that a part of the layers has a place of its own.
+# Deep enough that some layers can be on disk and others in memory.
 DEEP = {"dart": {"num_hidden_layers": 8}, "dart_vim": {"num_hidden_layers": 8}, "dart_rmt": {"depths": [1, 8]}}
 
 
@@ -43,9 +43,9 @@ def model(model_type) -> RegionPreTrainedModel:
 
 
 def make_model(model_type: str, **settings) -> RegionPreTrainedModel:
-    """With running statistics of scores other than the initial ones."""
+    """A tiny classifier whose running statistics of scores are not the initial ones."""
     settings = {**LAYERS[model_type], "score_normalization": "running", **settings}
-    # An RMT's last map has four positions then: on a single one queries and keys do not matter.
+    # With 16 regions an RMT's last map has four positions. On a single one queries and keys would have no effect.
     model = tiny_classifier(LABELS, model_type, num_patches=16, **settings)
     with torch.no_grad():
         model.scorer.statistics.train()(torch.randn(4, 4, 4), "running")
@@ -60,7 +60,7 @@ def layers(model: RegionPreTrainedModel) -> dict[str, GradientCheckpointingLayer
 
 @pytest.fixture
 def process_group(tmp_path) -> Iterator[None]:
-    """Of this process alone."""
+    """A process group of this process only."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -72,14 +72,26 @@ def test_a_configuration_of_another_encoder_is_refused(model_type, other):
     config = AutoConfig.for_model(other, **ENCODERS[other], scorer="conv")
     if other == model_type:
         assert model_class(config).config is config
-    else:
-        with pytest.raises(
-            ValueError, match=f"takes a {model_class.config_class.__name__}, got a {type(config).__name__}"
-        ):
-            model_class(config)
+        return
+    with pytest.raises(ValueError, match=f"takes a {model_class.config_class.__name__}, got a {type(config).__name__}"):
+        model_class(config)
 
 
-def test_a_new_model_with_a_dead_scorer_says_so_when_it_is_made(model_type, warnings_of, tmp_path):
+@torch.no_grad()
+def test_outputs(model):
+    out = model(**BATCH)
+    assert out.logits.shape == (4, 5)
+    assert out.regions is None and out.hidden_states is None
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, BATCH["labels"]))
+    pooled = model.base_model(BATCH["pixel_values"]).pooler_output
+    torch.testing.assert_close(model.classifier(pooled), out.logits, rtol=1e-4, atol=1e-4)
+
+    regions = model(**BATCH, num_patches=4, output_regions=True).regions
+    assert (regions.scores.shape, regions.row_edges.shape, regions.strip_edges.shape) == ((4, 4, 4), (4, 3), (4, 5))
+    assert (regions.row_edges[:, -1] == SIDE).all() and (regions.strip_edges[:, -1] == 2 * SIDE).all()
+
+
+def test_building_a_model_with_a_dead_scorer_warns_once(model_type, warnings_of, tmp_path):
     config = AutoConfig.for_model(model_type, **ENCODERS[model_type], scorer="mobilenet_v3_small")
     model = AutoModelForImageClassification.from_config(config)
     assert sum("The scorer is dead: its trunk 'mobilenet_v3_small'" in text for text in warnings_of()) == 1
@@ -99,17 +111,14 @@ def test_a_new_model_with_a_dead_scorer_says_so_when_it_is_made(model_type, warn
     assert sum("The scorer is dead" in text for text in warnings_of()) == 3
 
 
-def test_a_classifier_takes_class_token_only(model):
-    """The argument of `DartModel`: the logits are those that the classifier gives anyway."""
+def test_class_token_only_does_not_change_the_logits(model):
+    """It is an argument of `DartModel`, and every classifier passes it on."""
     with torch.no_grad():
         expected = model(pixels()).logits
         for given in (True, False):
             found = model(**{**BATCH, "pixel_values": pixels(4)}, class_token_only=given)
             torch.testing.assert_close(found.logits[:3], expected, rtol=1e-4, atol=1e-4)
             assert found.loss.isfinite()
-
-
-# --- an image's prediction does not depend on its neighbours ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
@@ -125,9 +134,6 @@ def test_logits_are_the_same_alone_and_in_a_batch(model_type, partition, dtype, 
         alone = torch.cat([model(image[None]).logits for image in images])
     assert together.std(dim=0).min() > 0
     assert (alone - together).abs().max() / together.abs().max() < tolerance
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
 
 
 def gradients(model: RegionPreTrainedModel) -> list[torch.Tensor]:
@@ -152,9 +158,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
     assert len(calls) == 2 * len(layers(model))
 
 
-# --- loading and placing ---------------------------------------------------------------------------------------------
-
-
 def test_save_and_load_is_exact(model, tmp_path):
     model.save_pretrained(tmp_path)
     for device_map in (None, "cpu"):
@@ -168,7 +171,7 @@ def test_save_and_load_is_exact(model, tmp_path):
     assert torch.equal(bare(pixels()).pooler_output, model.base_model(pixels()).pooler_output)
 
 
-def test_runs_with_its_weights_offloaded(model):
+def test_inference_works_with_offloaded_weights(model):
     images = pixels(dtype=torch.float64)
     expected = model.double()(images).logits
     offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
@@ -176,7 +179,7 @@ def test_runs_with_its_weights_offloaded(model):
     torch.testing.assert_close(offloaded(images).logits, expected)
 
 
-def test_runs_with_a_part_of_its_weights_on_disk(model_type, tmp_path):
+def test_inference_works_with_some_weights_on_disk(model_type, tmp_path):
     model, images = make_model(model_type, **DEEP[model_type]).double(), pixels(dtype=torch.float64)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForImageClassification.from_pretrained(
@@ -187,23 +190,23 @@ def test_runs_with_a_part_of_its_weights_on_disk(model_type, tmp_path):
         offload_folder=tmp_path / "offloaded",
     )
     assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
-    # No layer is cut in two.
+    # No layer is divided.
     inside = tuple(f"{name}." for name in layers(model))
     assert not [name for name in loaded.hf_device_map if name.startswith(inside)]
     torch.testing.assert_close(loaded(images).logits, model(images).logits)
 
 
-def units(model: RegionPreTrainedModel) -> list[torch.nn.Module]:
-    """The modules that FSDP gathers at once: every kind that the model names."""
+def fsdp_units(model: RegionPreTrainedModel) -> list[torch.nn.Module]:
+    """The modules that FSDP gathers at once; every kind that the model names exists."""
     found = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     assert {type(unit).__name__ for unit in found} == set(model._no_split_modules)
     return found
 
 
-def test_a_half_precision_model_shards(model, process_group):
-    """FSDP wants one precision in a unit; the scorer has another than what is around it."""
+def test_a_half_precision_model_trains_under_fsdp_1(model, process_group):
+    """FSDP requires one precision in a unit. The scorer's differs from that of the modules around it."""
     model.train().bfloat16()
-    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=set(map(type, units(model))))
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=set(map(type, fsdp_units(model))))
     sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
     loss = sharded(**BATCH).loss
     loss.backward()
@@ -211,10 +214,10 @@ def test_a_half_precision_model_shards(model, process_group):
 
 
 def test_trains_under_fsdp_2(model, process_group):
-    """Takes a unit's weights out of memory when the unit is done."""
+    """FSDP 2 frees a unit's weights as soon as the unit has run."""
     expected = gradients(model.train())
-    # The inner ones first.
-    for module in [*reversed(units(model)), model]:
+    # Inner modules come first.
+    for module in [*reversed(fsdp_units(model)), model]:
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
     loss = model(**BATCH).loss
     loss.backward()
@@ -222,11 +225,33 @@ def test_trains_under_fsdp_2(model, process_group):
         torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# --- devices and compilation -----------------------------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["weights", "autocast"])
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
+@pytest.mark.parametrize(
+    ("model_type", "implementation"),
+    [("dart", "sdpa"), ("dart_vim", None), ("dart_rmt", "sdpa"), ("dart_rmt", "eager")],
+)
+def test_half_precision_keeps_the_regions(model_type, implementation, dtype, noise, mode, tmp_path):
+    model = make_model(model_type, initializer_range=0.1, attn_implementation=implementation)
+    expected = model(pixels(), output_regions=True)
+    if mode == "weights":
+        model.save_pretrained(tmp_path)
+        model = AutoModelForImageClassification.from_pretrained(
+            tmp_path, dtype=dtype, attn_implementation=implementation
+        )
+        assert model.classifier.weight.dtype == dtype
+        assert {parameter.dtype for parameter in model.scorer.parameters()} == {torch.float32}
+    with torch.autocast("cpu", dtype=dtype, enabled=mode == "autocast"):
+        found = model(pixels(), output_regions=True)
+    assert torch.equal(found.regions.row_edges, expected.regions.row_edges)
+    assert torch.equal(found.regions.strip_edges, expected.regions.strip_edges)
+    assert found.logits.dtype == dtype
+    assert 0 < (found.logits - expected.logits).abs().max() / expected.logits.abs().max() < noise
 
 
-def test_nothing_waits_for_the_device(model_type):
-    """Tensors without memory: whatever would read a value on the host, or make a tensor there, fails."""
+def test_no_value_is_read_on_the_host(model_type):
+    """On `meta` tensors, code that reads a value, or makes a tensor on the host, fails."""
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type, **ENCODERS[model_type]))
         images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
@@ -251,8 +276,8 @@ def test_compiles_as_one_graph_forward_and_backward(model):
 
 
 @torch.no_grad()
-def test_an_eager_call_makes_no_new_graph(model):
-    """What a model remembers, such as that it has warned, does not matter to the compiled model."""
+def test_an_eager_call_causes_no_new_compilation(model):
+    """A compiled model does not depend on what an eager call remembers, such as that it has warned."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)

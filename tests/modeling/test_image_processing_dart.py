@@ -1,10 +1,10 @@
-"""The image processor: the published transform, the same pixels for every kind of input, one sentence for a bad one."""
+"""The image processor: the published transform, the same pixels for every kind of input, errors for bad images."""
 
 import base64
-import http.server
-import io
+import functools
 import threading
 import warnings
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -91,15 +91,15 @@ def test_a_read_only_array_gives_no_warning(processor, coffee):
         torch.set_warn_always(always)
 
 
-def test_an_image_does_not_depend_on_its_batch(processor, coffee):
+@pytest.mark.parametrize("grouping", [None, False])
+def test_an_image_does_not_depend_on_its_batch(processor, coffee, grouping):
     grey = coffee[:300, :300, 0]
     images = [coffee, Image.fromarray(grey), grey.astype(np.uint16) * 257 + 3, coffee.astype(np.float32)]
-    for grouping in (None, False):
-        batch = processor(images, return_tensors="pt", disable_grouping=grouping).pixel_values
-        for alone, together in zip(images, batch, strict=True):
-            torch.testing.assert_close(pixels(processor, alone), together, rtol=0, atol=1e-5)
-        assert batch.shape == (4, 3, 448, 448)
-        assert batch.is_contiguous(memory_format=torch.channels_last)
+    batch = processor(images, return_tensors="pt", disable_grouping=grouping).pixel_values
+    for alone, together in zip(images, batch, strict=True):
+        torch.testing.assert_close(pixels(processor, alone), together, rtol=0, atol=1e-5)
+    assert batch.shape == (4, 3, 448, 448)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -122,7 +122,7 @@ def test_transparency_of_arrays_is_dropped(processor, image, settings):
     torch.testing.assert_close(levels(pixels(processor, image, **settings)), expected, rtol=0, atol=1e-3)
 
 
-def test_arrays_of_16_bits_are_scaled_by_their_own_range_or_the_given_factor(processor, coffee):
+def test_16_bit_arrays_are_scaled_by_65535_or_the_given_factor(processor, coffee):
     sixteen = coffee[..., 0].astype(np.uint16) * 257
     expected = pixels(processor, coffee[..., 0].astype(np.float32))
     for image in [sixteen, sixteen.astype(">u2"), torch.from_numpy(sixteen)]:
@@ -134,7 +134,7 @@ def test_arrays_of_16_bits_are_scaled_by_their_own_range_or_the_given_factor(pro
 
 
 @pytest.mark.parametrize(("white", "settings"), [(255.0, {}), (1.0, {"do_rescale": False})])
-def test_floating_point_agrees_with_eight_bits_and_does_not_overshoot(processor, coffee, white, settings):
+def test_floating_point_arrays_agree_with_8_bits_and_stay_in_range(processor, coffee, white, settings):
     difference = levels(pixels(processor, coffee * (white / 255), **settings)) - levels(pixels(processor, coffee))
     # Eight bits are rounded, and clipped between the two passes of the resizing.
     assert difference.abs().mean() < 0.5 and difference.abs().max() < 15
@@ -143,21 +143,21 @@ def test_floating_point_agrees_with_eight_bits_and_does_not_overshoot(processor,
     assert result.min() > -0.01 and result.max() < 255.01
 
 
-def test_a_very_thin_image_does_not_need_its_resized_size_in_memory(processor):
-    # Resized as a whole this would be 512 × 170,666,666.
+def test_a_very_thin_image_is_not_resized_as_a_whole(processor):
+    # That would take 512 × 170,666,666 pixels.
     assert pixels(processor, np.zeros((3, 1_000_000, 3), np.uint8)).shape == (3, 448, 448)
 
 
 @pytest.mark.parametrize(
     ("shape", "channels"), [((1, 1, 3), 2), ((3, 1, 1), 0), ((1, 4, 3), 2), ((4, 4, 3), 2), ((3, 4, 4), 0)]
 )
-def test_an_ambiguous_shape_has_three_channels(processor, shape, channels):
+def test_an_ambiguous_shape_is_read_as_three_channels(processor, shape, channels):
     image = np.zeros(shape, np.uint8)
     np.moveaxis(image, channels, -1)[:] = [10, 20, 30]
     torch.testing.assert_close(levels(pixels(processor, image)).mean(dim=(1, 2)), torch.tensor([10.0, 20.0, 30.0]))
 
 
-def test_the_caller_can_tell_the_channels(processor):
+def test_arguments_decide_about_the_channels(processor):
     image = np.array([[[10, 20, 30]]], np.uint8)
     assert torch.unique(pixels(processor, image)).numel() == 3
     grey = levels(pixels(processor, image, input_data_format="channels_first"))
@@ -195,7 +195,7 @@ def with_pixel(value: float) -> np.ndarray:
         (np.zeros((9, 9), np.uint8), {"crop_size": {"shortest_edge": 8}}, "crop_size must have a height and a width"),
     ],
 )
-def test_bad_images_are_refused_in_one_sentence(processor, image, settings, sentence):
+def test_bad_images_are_refused_in_one_line(processor, image, settings, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         processor(image, return_tensors="pt", **settings)
     assert "\n" not in str(caught.value)
@@ -229,7 +229,7 @@ def test_unreadable_files_are_named(processor, coffee, tmp_path):
 
 
 @pytest.mark.parametrize("values", [np.full((9, 9), 0.5, np.float32), np.full((9, 9), 70_000, np.int32)])
-def test_images_of_16_or_32_bits_are_refused_unless_they_stay_as_they_are(processor, values, tmp_path):
+def test_images_of_16_or_32_bits_are_refused_unless_nothing_converts_them(processor, values, tmp_path):
     image = Image.fromarray(values)
     image.save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match=f"mode '{image.mode}' has 16 or 32 bits a channel.*save .* 8 bits"):
@@ -241,27 +241,12 @@ def test_images_of_16_or_32_bits_are_refused_unless_they_stay_as_they_are(proces
         assert processor(tmp_path / "deep.tif", return_tensors="pt", **settings).pixel_values.shape[1] == 1
 
 
-class _Pictures(http.server.BaseHTTPRequestHandler):
-    """Answers every request for picture.png, and nothing else."""
-
-    content = b""
-
-    def do_GET(self):
-        found = self.path == "/picture.png"
-        self.send_response(200 if found else 404)
-        self.end_headers()
-        self.wfile.write(self.content if found else b"")
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.mark.parametrize("kind", ["transparent", "turned"])
-def test_training_and_evaluation_get_the_pixels_of_a_pipeline(processor, tmp_path, kind):
+def test_training_and_evaluation_get_the_same_pixels_as_pipelines(processor, tmp_path, kind):
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
     path, exif = tmp_path / "odd.png", Image.Exif()
     if kind == "turned":
-        exif[0x0112] = 6  # to be turned clockwise
+        exif[0x0112] = 6  # show it turned clockwise
     Image.fromarray(values[..., : 4 if kind == "transparent" else 3]).save(path, exif=exif)
     opened = load_image(str(path))  # as pipelines do it
     expected = pixels(processor, np.asarray(opened))
@@ -275,20 +260,16 @@ def test_training_and_evaluation_get_the_pixels_of_a_pipeline(processor, tmp_pat
     assert torch.equal(transform(Image.open(path)), transform(opened))
 
 
-def test_an_image_from_the_network(coffee, processor):
-    content = io.BytesIO()
-    Image.fromarray(coffee).save(content, "PNG")
-    handler = type("Handler", (_Pictures,), {"content": content.getvalue()})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+def test_images_are_downloaded(coffee, processor, tmp_path):
+    Image.fromarray(coffee).save(tmp_path / "picture.png")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         assert torch.equal(pixels(processor, f"{address}/picture.png"), pixels(processor, coffee))
         with pytest.raises(OSError, match=r"Cannot read .*other\.png' as an image: .*404"):
             processor(f"{address}/other.png")
-    finally:
         server.shutdown()
-        server.server_close()
     with pytest.raises(OSError, match=r"Cannot read 'http://127\.0\.0\.1"):
         processor(f"{address}/picture.png")
     with pytest.raises(OSError, match="Cannot read 'data:image/png;base64,"):

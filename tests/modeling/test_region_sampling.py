@@ -1,4 +1,4 @@
-"""Sampling against the definition written out pixel by pixel."""
+"""Sampling of regions against its definition, pixel by pixel."""
 
 import math
 
@@ -12,7 +12,7 @@ from dart_hf.modeling.region_sampling import patch_images, sample_regions
 
 
 def sample_by_definition(image: torch.Tensor, row_edges: list, strip_edges: list, patch_size: int) -> torch.Tensor:
-    """(C, H, W) -> (N, C, P, P), one number at a time."""
+    """(C, H, W) -> (N, C, P, P), number by number."""
     channels, height, width = image.shape
     bands = len(row_edges) - 1
 
@@ -45,7 +45,7 @@ def sample_by_definition(image: torch.Tensor, row_edges: list, strip_edges: list
 @given(
     st.integers(0, 999), st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 5)
 )
-def test_every_number_is_the_one_defined(seed, num_patches, height, width, channels, patch_size):
+def test_sampling_computes_its_definition(seed, num_patches, height, width, channels, patch_size):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
     scores = torch.rand(2, 3, 3, generator=generator, dtype=torch.float64)
@@ -58,18 +58,18 @@ def test_every_number_is_the_one_defined(seed, num_patches, height, width, chann
         torch.testing.assert_close(patches[index], expected, rtol=0, atol=1e-9)
 
 
-def test_beyond_the_last_column_the_strip_is_zero():
+def test_the_strip_is_zero_after_its_last_column():
     pixels = torch.ones(1, 1, 4, 4)
     edges = {"scores": torch.ones(1, 1, 1), "row_edges": torch.tensor([[0.0, 4]])}
     last = sample_regions(pixels, Regions(**edges, strip_edges=torch.tensor([[0.0, 3.5, 4]])), 2)
-    # Columns of the second region at 3.5 and 3.75: blended with nothing.
+    # The columns of the second region, 3.5 and 3.75, are blended with zeros.
     assert last[0, 1].view(2, 2).tolist() == [[0.5, 0.5], [0.25, 0.25]]
     empty = sample_regions(pixels, Regions(**edges, strip_edges=torch.tensor([[0.0, 4, 4]])), 2)
     assert (empty[0, 1] == 0).all()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 3), (5, 5), (1, 4)])
-def test_uniform_at_patch_size_cuts_the_image_unchanged(rows, columns):
+def test_uniform_regions_of_patch_size_are_plain_patches(rows, columns):
     pixels = torch.randn(2, 3, 4 * rows, 4 * columns)
     regions = uniform_regions(torch.ones(2, 2, 2), rows * columns, 4 * rows, 4 * columns)
     images = patch_images(sample_regions(pixels, regions, 4), 4)
@@ -78,47 +78,29 @@ def test_uniform_at_patch_size_cuts_the_image_unchanged(rows, columns):
 
 
 def test_gradients_reach_pixels_and_edges():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, 2, 7, 9, generator=generator, dtype=torch.float64, requires_grad=True)
-    rows = torch.tensor([[0.0, 3.3, 7]], dtype=torch.float64, requires_grad=True)
-    strip = torch.tensor([[0.0, 4.21, 11.17, 18]], dtype=torch.float64, requires_grad=True)
+    def sample(pixels, row_edges, strip_edges):
+        # At the first and last edges, which lie on pixel centres, the interpolation has no derivative.
+        row_edges, strip_edges = (
+            torch.cat([torch.tensor([[0.0]]), edges, torch.tensor([[end]])], dim=1)
+            for edges, end in ((row_edges, 7.0), (strip_edges, 18.0))
+        )
+        return sample_regions(pixels, Regions(scores=None, row_edges=row_edges, strip_edges=strip_edges), 3)
 
-    def sample(pixels, rows, strip):
-        return sample_regions(pixels, Regions(scores=None, row_edges=rows, strip_edges=strip), 3)
-
-    # The first and last edges lie on pixel centres, where the interpolation has a corner.
-    inner = torch.autograd.grad(sample(pixels, rows, strip).square().sum(), (rows, strip))
-    for edges, gradient, index in [(rows, inner[0], 1), (strip, inner[1], 1), (strip, inner[1], 2)]:
-        step = torch.zeros_like(edges)
-        step[0, index] = 1e-6
-
-        def shifted(sign, edges=edges, step=step):
-            moved = [edge + sign * step if edge is edges else edge for edge in (rows, strip)]
-            return sample(pixels, *moved).square().sum()
-
-        numeric = (shifted(1) - shifted(-1)) / 2e-6
-        torch.testing.assert_close(gradient[0, index], numeric, rtol=1e-5, atol=1e-7)
-    assert torch.autograd.gradcheck(lambda p: sample(p, rows.detach(), strip.detach()), (pixels,))
+    pixels = torch.randn(1, 2, 7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    row_edges, strip_edges = torch.tensor([[3.3]]).double(), torch.tensor([[4.21, 11.17]]).double()
+    inputs = [tensor.requires_grad_() for tensor in (pixels, row_edges, strip_edges)]
+    assert torch.autograd.gradcheck(sample, inputs)
 
 
-def test_a_nan_image_changes_no_neighbour():
-    pixels = torch.randn(3, 3, 20, 20)
-    regions = flow_regions(torch.rand(3, 4, 4), 9, 20, 20)
-    clean = sample_regions(pixels, regions, 4)
-    pixels[1] = math.nan
-    spoiled = sample_regions(pixels, regions, 4)
-    assert torch.equal(spoiled[[0, 2]], clean[[0, 2]])
-
-
-def test_dtype_follows_the_pixels():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_patches_have_the_dtype_of_the_pixels(dtype):
     regions = flow_regions(torch.rand(1, 4, 4), 9, 20, 20)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        assert sample_regions(torch.rand(1, 3, 20, 20, dtype=dtype), regions, 4).dtype == dtype
+    assert sample_regions(torch.rand(1, 3, 20, 20, dtype=dtype), regions, 4).dtype == dtype
 
 
 @pytest.mark.parametrize("pixels_need_gradients", [False, True])
-def test_sampling_in_one_pass_and_by_gathers_agree(monkeypatch, pixels_need_gradients):
-    """Eager CPU code takes the one, everything else the other."""
+def test_the_implementations_for_eager_and_compiled_code_agree(monkeypatch, pixels_need_gradients):
+    """Eager code on a CPU samples in one pass, all other code gathers."""
     results = []
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
@@ -134,8 +116,8 @@ def test_sampling_in_one_pass_and_by_gathers_agree(monkeypatch, pixels_need_grad
         torch.testing.assert_close(one_pass, gathers)
 
 
-def test_training_keeps_no_copy_of_the_patches():
-    """Between forward and backward: the image and one strip, which the gradient of the edges needs, and indices."""
+def test_the_backward_pass_keeps_no_copy_of_the_patches():
+    """It keeps the image, one strip for the gradient of the edges, and indices."""
     pixels = torch.randn(2, 3, 64, 96)
     scores = torch.rand(2, 5, 5).requires_grad_()
     regions = flow_regions(scores, 54, 64, 96)
@@ -149,5 +131,5 @@ def test_training_keeps_no_copy_of_the_patches():
     strip = 2 * bands * 96 * 8 * 3 * 4
     samples = 2 * (bands + 54) * 8
     assert patches.requires_grad
-    # Eight numbers or so for each sampled row and column.
+    # About eight numbers for each sampled row and column.
     assert sum(kept.values()) <= pixels.nbytes + strip + samples * 100

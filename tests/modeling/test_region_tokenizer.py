@@ -1,4 +1,4 @@
-"""Tokenizer: budgets, sizes, precision, and input that it refuses."""
+"""The region tokenizer: budgets, image sizes, precision, and errors for unsuitable input."""
 
 import math
 
@@ -21,7 +21,7 @@ def make_tokenizer(**settings) -> RegionTokenizer:
 
 @pytest.mark.parametrize("num_patches", [1, 2, 7, 50, 211])
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (33, 190), (200, 17)])
-def test_any_budget_and_any_size(num_patches, size):
+def test_any_budget_fits_any_image(num_patches, size):
     tokens, _, regions = make_tokenizer()(torch.randn(2, 3, *size), num_patches)
     assert tokens.shape == (2, num_patches, 24)
     assert tokens.isfinite().all()
@@ -30,15 +30,12 @@ def test_any_budget_and_any_size(num_patches, size):
     assert regions.scores.shape == (2, 14, 14)
 
 
-def test_the_configured_budget_is_the_default():
-    assert make_tokenizer(num_patches=13)(torch.randn(1, 3, 32, 32))[0].shape[1] == 13
-
-
-def test_uniform_is_a_plain_patch_embedding_and_runs_no_scorer():
+def test_a_uniform_partition_is_a_plain_patch_embedding_without_scorer():
     tokenizer = make_tokenizer(partition="uniform", score_grid_size=4, num_patches=16)
     tokenizer.scorer.forward = None  # not callable: fails if it is run
     pixels = torch.randn(2, 3, 16, 16)
     tokens, _, regions = tokenizer(pixels)
+    assert tokens.shape == (2, 16, 24)  # the configured budget
     kernel = tokenizer.projection
     plain = torch.nn.functional.conv2d(pixels, kernel.weight, kernel.bias, stride=4).flatten(2).transpose(1, 2)
     plain = plain + tokenizer.position_embeddings[:, 1:]
@@ -46,22 +43,25 @@ def test_uniform_is_a_plain_patch_embedding_and_runs_no_scorer():
     assert (regions.scores == 1).all()
 
 
-def test_grid_needs_a_budget_that_factors():
-    tokenizer = make_tokenizer(partition="grid")
-    assert tokenizer(torch.randn(1, 3, 32, 32), 16)[0].shape == (1, 16, 24)
-    with pytest.raises(ValueError, match="nearest budgets that do are 12 and 16"):
-        tokenizer(torch.randn(1, 3, 32, 32), 13)
+@pytest.mark.parametrize("partition", ["grid", "flow"])
+def test_an_unusable_grid_budget_is_refused_before_statistics_change(partition):
+    tokenizer, pixels = make_tokenizer(partition=partition).train(), torch.randn(2, 3, 32, 32)
+    if partition == "grid":
+        with pytest.raises(ValueError, match="nearest budgets that do are 12 and 16"):
+            tokenizer(pixels, 13)
+    assert tokenizer.scorer.statistics.num_batches_tracked == 0
+    assert tokenizer(pixels, 16 if partition == "grid" else 13)[0].isfinite().all()
+    assert tokenizer.scorer.statistics.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_partition_runs_in_float32_in_half_precision_models(dtype):
-    tokenizer = make_tokenizer().to(dtype)
-    tokens, _, regions = tokenizer(torch.randn(2, 3, 64, 64))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_regions_are_computed_in_float32_at_least(dtype):
+    tokens, _, regions = make_tokenizer().to(dtype)(torch.randn(2, 3, 64, 64, dtype=torch.float64))
     assert tokens.dtype == dtype
-    assert {regions.scores.dtype, regions.row_edges.dtype, regions.strip_edges.dtype} == {torch.float32}
+    assert {value.dtype for value in regions.values()} == {torch.promote_types(dtype, torch.float32)}
 
 
-def test_autocast_leaves_the_partition_exact():
+def test_autocast_does_not_change_the_regions():
     tokenizer = make_tokenizer()
     pixels = torch.randn(2, 3, 64, 64)
     scores = torch.rand(2, 14, 14)
@@ -75,13 +75,7 @@ def test_autocast_leaves_the_partition_exact():
     assert weights.isfinite().all()
 
 
-def test_float64_stays_float64():
-    tokenizer = make_tokenizer().double()
-    tokens, _, regions = tokenizer(torch.randn(1, 3, 40, 40, dtype=torch.float64))
-    assert {tokens.dtype, regions.scores.dtype, regions.strip_edges.dtype} == {torch.float64}
-
-
-def test_a_nan_image_changes_no_neighbour():
+def test_an_image_of_nan_gets_uniform_regions_and_affects_no_other_image():
     tokenizer = make_tokenizer(score_normalization="image")
     pixels = torch.randn(3, 3, 40, 40)
     clean, _, _ = tokenizer(pixels)

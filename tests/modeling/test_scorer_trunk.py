@@ -1,4 +1,4 @@
-"""Trunks: the published layers, and that running them fast changes nothing."""
+"""Trunks: the published layers, and folding of BatchNorm into convolutions."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HEADS = {scorer: ("v1", "v2") if scorer.startswith("mobilenet") else ("v1",) for
 
 
 def make_trunk(scorer: str, head: str = "v1") -> nn.Module:
-    """In evaluation mode, with BatchNorm statistics that let features of order one through."""
+    """A trunk in evaluation mode whose BatchNorm statistics give features of order one."""
     torch.manual_seed(0)
     trunk = build_trunk(DartConfig(scorer=scorer, scorer_head=head))[0].double()
     for module in trunk.modules():
@@ -33,12 +33,9 @@ def pixels(count: int = 2, height: int = 64, width: int = 96) -> torch.Tensor:
 
 
 def run_unfolded(trunk: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Every layer for itself: a hook makes each BatchNorm run as it is."""
-    hooks = [
-        module.register_forward_hook(lambda *_: None)
-        for module in trunk.modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ]
+    """Run every layer separately: a hook on each BatchNorm prevents folding."""
+    norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_hook(lambda *_: None) for norm in norms]
     features = trunk(images)
     for hook in hooks:
         hook.remove()
@@ -57,32 +54,32 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def batch_norms(run) -> int:
+def count_batch_norms(run) -> int:
     with torch.no_grad(), Operations() as operations:
         run()
     return sum("batch_norm" in name for name in operations.names)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
-    ("scorer", "head", "channels", "stride"),
+    ("scorer", "head", "channels"),
     [
-        ("mobilenet_v3_small", "v1", 96, 32),
-        ("mobilenet_v3_small", "v2", 576, 32),
-        ("mobilenet_v3_large", "v1", 160, 32),
-        ("mobilenet_v3_large", "v2", 960, 32),
-        ("efficientnet_b0", "v1", 1280, 32),
-        ("mnasnet1_0", "v1", 1280, 32),
+        ("mobilenet_v3_small", "v1", 96),
+        ("mobilenet_v3_small", "v2", 576),
+        ("mobilenet_v3_large", "v1", 160),
+        ("mobilenet_v3_large", "v2", 960),
+        ("efficientnet_b0", "v1", 1280),
+        ("mnasnet1_0", "v1", 1280),
     ],
 )
-def test_published_trunks_read_the_published_layers(scorer, head, channels, stride):
+def test_published_trunks_have_the_published_layers(scorer, head, channels):
     trunk, num_features = build_trunk(DartConfig(scorer=scorer, scorer_head=head))
-    with torch.no_grad():
-        assert trunk.eval()(torch.randn(1, 3, 128, 96)).shape == (1, channels, 128 // stride, 96 // stride)
+    assert trunk.eval()(torch.randn(1, 3, 128, 96)).shape == (1, channels, 128 // 32, 96 // 32)
     assert num_features == channels
 
 
 @pytest.mark.parametrize(("scorer", "head"), [(scorer, head) for scorer in TRUNKS for head in HEADS[scorer]])
-def test_folding_changes_no_number(scorer, head):
+def test_folding_does_not_change_the_features(scorer, head):
     trunk = make_trunk(scorer, head)
     expected = run_unfolded(trunk, pixels())
     assert expected.abs().mean() > 1e-3
@@ -90,18 +87,18 @@ def test_folding_changes_no_number(scorer, head):
 
 
 @pytest.mark.parametrize("scorer", TRUNKS)
-def test_no_published_trunk_runs_a_batch_norm_in_evaluation_mode(scorer):
+def test_evaluation_runs_no_batch_norm_and_training_runs_all(scorer):
     trunk = make_trunk(scorer)
     normalizations = sum(isinstance(module, nn.BatchNorm2d) for module in trunk.modules())
-    assert batch_norms(lambda: trunk(pixels())) == 0
-    assert batch_norms(lambda: run_unfolded(trunk, pixels())) == normalizations
-    assert batch_norms(lambda: trunk.train()(pixels())) == normalizations
+    assert count_batch_norms(lambda: trunk(pixels())) == 0
+    assert count_batch_norms(lambda: run_unfolded(trunk, pixels())) == normalizations
+    assert count_batch_norms(lambda: trunk.train()(pixels())) == normalizations
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_folded_weights_are_the_two_layers_in_one(bias, affine, groups):
+def test_folded_weights_compute_convolution_and_batch_norm(bias, affine, groups):
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 6, 3, bias=bias, groups=groups).double()
     norm = nn.BatchNorm2d(6, affine=affine).double()
@@ -113,8 +110,8 @@ def test_folded_weights_are_the_two_layers_in_one(bias, affine, groups):
     torch.testing.assert_close(nn.functional.conv2d(pixels(), weight, offset, groups=groups), expected)
 
 
-@pytest.mark.parametrize("change", ["load_state_dict", "half precision and back", "in place", "behind autograd's back"])
-def test_whatever_changes_the_weights_takes_effect(change):
+@pytest.mark.parametrize("change", ["load_state_dict", "half precision and back", "in place", "through .data"])
+def test_changed_weights_take_effect(change):
     trunk, other = make_trunk("conv"), make_trunk("conv")
     before = trunk(pixels())
     for module in other.modules():
@@ -130,13 +127,13 @@ def test_whatever_changes_the_weights_takes_effect(change):
         trunk.load_state_dict(other.state_dict())
     else:
         for target, source in zip(trunk.state_dict().values(), other.state_dict().values(), strict=True):
-            (target.data if change == "behind autograd's back" else target).copy_(source)
+            (target.data if change == "through .data" else target).copy_(source)
     assert (trunk(pixels()) - before).abs().max() > 1e-3
     torch.testing.assert_close(trunk(pixels()), run_unfolded(other, pixels()))
 
 
 @pytest.mark.parametrize("scorer", TORCHVISION_TRUNKS)
-def test_folding_does_not_show_in_the_state_dict(scorer):
+def test_folding_does_not_change_the_state_dict(scorer):
     part = "layers" if scorer == "mnasnet1_0" else "features"
     published = getattr(torchvision.models.get_model(scorer, weights=None), part).state_dict()
     ours = build_trunk(DartConfig(scorer=scorer))[0].state_dict()
@@ -155,22 +152,17 @@ def test_gradients_pass_through_folded_layers():
         torch.testing.assert_close(folded, unfolded)
 
 
-def test_whoever_listens_to_a_layer_hears_it():
-    """A hook on a folded layer would never be called."""
-    for register in (
-        lambda layer, hear: layer.register_forward_hook(hear),
-        lambda layer, hear: layer.register_forward_pre_hook(hear),
-        lambda layer, hear: layer.register_full_backward_hook(hear),
-        lambda layer, hear: layer.register_full_backward_pre_hook(hear),
-    ):
-        for position in (0, 1):
-            sequence, heard = FoldingSequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval(), []
-            register(sequence[position], lambda *_, heard=heard: heard.append(1))
-            sequence(pixels().requires_grad_()).sum().backward()
-            assert heard == [1]
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_on_a_layer_are_called(kind, position):
+    """A folded layer would not call its hooks."""
+    sequence, calls = FoldingSequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval(), []
+    getattr(sequence[position], f"register_{kind}")(lambda *_: calls.append(1))
+    sequence(pixels().requires_grad_()).sum().backward()
+    assert calls == [1]
 
 
-def test_subclasses_of_batch_norm_run_as_they_are():
+def test_subclasses_of_batch_norm_are_not_folded():
     class Doubling(nn.BatchNorm2d):
         def forward(self, features):
             return 2 * super().forward(features)

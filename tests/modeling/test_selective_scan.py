@@ -81,9 +81,6 @@ def implementation(request, monkeypatch) -> str:
     return request.param
 
 
-# --- values and gradients --------------------------------------------------------------------------------------------
-
-
 @both_directions
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 17, 100, 393])
 def test_every_implementation_agrees_with_the_loop(implementation, length, backwards):
@@ -93,50 +90,38 @@ def test_every_implementation_agrees_with_the_loop(implementation, length, backw
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @both_directions
 @pytest.mark.parametrize(
-    ("block", "length", "images", "segments"),
+    ("block", "step", "length", "images", "segments", "chunks"),
     [
         # A block has at least four tokens, and at least one image.
-        (1, 3, 1, 1),
-        (1, 4, 1, 1),
-        (1, 5, 1, 2),
-        (1, 17, 1, 5),
-        (200, 50, 1, 4),
+        (1, 2**15, 3, 1, 1, 2),
+        (1, 2**15, 4, 1, 1, 2),
+        (1, 2**15, 5, 1, 2, 2),
+        (1, 2**15, 17, 1, 5, 2),
+        (200, 2**15, 50, 1, 4, 4),
         # One more token than fills a block.
-        (200, 17, 1, 2),
+        (200, 2**15, 17, 1, 2, 4),
         # Three segments of five tokens would do, but in steps of chunks two segments take all tokens.
-        (60, 11, 1, 2),
-        (400, 50, 2, 4),
-        (2000, 50, 10, 1),
+        (60, 2**15, 11, 1, 2, 3),
+        (400, 2**15, 50, 2, 4, 4),
+        (2000, 2**15, 50, 10, 1, None),
+        # One token of an image has 12 numbers, and there are two threads.
+        (400, 1, 25, 2, 2, 1),
+        (200, 11, 25, 1, 2, 1),
+        (200, 12, 25, 1, 2, 2),
+        (200, 18, 25, 1, 2, 3),
     ],
 )
-def test_blocks_of_any_size_give_the_same_result(monkeypatch, block, length, images, segments, backwards, batch):
+def test_blocks_and_chunks_of_any_size_give_the_same_result(
+    monkeypatch, block, step, length, images, segments, chunks, backwards, batch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(blockwise_scan, "CPU_BLOCK", block)
+    monkeypatch.setattr(blockwise_scan, "CPU_STEP", step)
     tensors = inputs(length, batch)
     sizes = blockwise_scan._Sizes.choose(tensors[0], num_states=4)
     assert sizes.images == min(images, batch)
     if batch >= images:
-        assert sizes.segments == segments
-    assert_scans(tensors, backwards)
-
-
-@both_directions
-@pytest.mark.parametrize(
-    ("step", "chunks"),
-    [
-        # One token of two images has 24 numbers, and there are two threads.
-        (1, 1),
-        (23, 1),
-        (24, 2),
-        (36, 3),
-        # More chunks would have fewer steps than there are chunks.
-        (10**6, 5),
-    ],
-)
-def test_there_are_enough_chunks_for_all_threads(monkeypatch, step, chunks, backwards):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(blockwise_scan, "CPU_STEP", step)
-    tensors = inputs(25)
-    assert blockwise_scan._Sizes.choose(tensors[0], num_states=4)[2:] == (chunks, -(-25 // chunks))
+        assert (sizes.segments, sizes.chunks) == (segments, chunks)
     assert_scans(tensors, backwards)
 
 
@@ -184,9 +169,6 @@ def test_any_shape_agrees_with_the_loop(length, batch, channels, states, block, 
         patch.setattr(blockwise_scan, "CPU_BLOCK", block)
         patch.setattr(blockwise_scan, "CPU_STEP", step)
         assert_scans(inputs(length, batch, channels, states, seed=seed), backwards)
-
-
-# --- precision -------------------------------------------------------------------------------------------------------
 
 
 @both_directions
@@ -247,9 +229,6 @@ def test_decay_rates_of_any_size(implementation, rate, backwards):
     assert_scans(tensors, backwards)
     found = values_and_gradients(selective_scan, [tensor.float() for tensor in tensors], backwards)
     assert all(value.isfinite().all() for value in found.values())
-
-
-# --- memory and gradients --------------------------------------------------------------------------------------------
 
 
 def count_saved_numbers(length: int, backwards: bool = False, scan=selective_scan) -> int:
@@ -318,17 +297,9 @@ def test_views_are_accepted_and_left_unchanged(implementation, backwards):
     assert all(torch.equal(view, copy) for view, copy in zip(views, before, strict=True))
 
 
-# --- compilation and export ------------------------------------------------------------------------------------------
-
-
 def compile_scan():
     torch.compiler.reset()
     return torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
-
-
-class Scan(nn.Module):
-    def forward(self, x, delta, A, B, C, backwards=False):
-        return selective_scan(x, delta, A, B, C, backwards)
 
 
 @both_directions
@@ -336,23 +307,6 @@ def test_compiles_as_one_graph_forward_and_backward(backwards):
     compiled = compile_scan()
     for length in (1, 20, 31):
         assert_scans(inputs(length), backwards, scan=compiled)
-
-
-@both_directions
-def test_exports_for_any_number_of_images(backwards):
-    sequence = {0: torch.export.Dim("batch")}
-    program = torch.export.export(
-        Scan(),
-        tuple(inputs(50)),
-        {"backwards": backwards},
-        dynamic_shapes=(sequence, sequence, None, *2 * [sequence], None),
-    ).module()
-    for images in (2, 7):
-        tensors = inputs(50, batch=images)
-        torch.testing.assert_close(program(*tensors, backwards=backwards), literal_scan(*tensors, backwards))
-
-
-# --- the CUDA kernel -------------------------------------------------------------------------------------------------
 
 
 class OnAGpu(torch.Tensor):
