@@ -51,8 +51,7 @@ class Regions(ModelOutput):
         A region that crosses the right border of its band continues at the left of the next one, so it has several
         rectangles. A rectangle has no area where a region edge and a band border coincide.
         """
-        batch_size, num_bands = self.row_edges.shape[0], self.row_edges.shape[1] - 1
-        num_patches = self.strip_edges.shape[1] - 1
+        num_bands, num_patches = self.row_edges.shape[1] - 1, self.strip_edges.shape[1] - 1
         width = self.strip_edges[:, -1:] / num_bands
         borders = width * torch.arange(1, num_bands, device=width.device)
         cuts = torch.cat([self.strip_edges, borders], dim=1).sort(dim=1).values
@@ -60,16 +59,9 @@ class Regions(ModelOutput):
         middles = (starts + ends) / 2
         bands = (middles / width).floor().long().clamp(0, num_bands - 1)
         tokens = torch.searchsorted(self.strip_edges[:, 1:].contiguous(), middles.contiguous(), right=True)
-        boxes = torch.stack(
-            [
-                starts - bands * width,
-                self.row_edges.gather(1, bands),
-                ends - bands * width,
-                self.row_edges.gather(1, bands + 1),
-            ],
-            dim=-1,
-        )
-        return RegionBoxes(boxes.view(batch_size, -1, 4), tokens.clamp(max=num_patches - 1))
+        top, bottom = self.row_edges.gather(1, bands), self.row_edges.gather(1, bands + 1)
+        boxes = torch.stack([starts - bands * width, top, ends - bands * width, bottom], dim=-1)
+        return RegionBoxes(boxes, tokens.clamp(max=num_patches - 1))
 
 
 def bands_for_budget(num_patches: int, height: int, width: int) -> int:

@@ -19,8 +19,6 @@ from .scorer_weights import download_trunk_weights, read_state_dict, select_trun
 logger = logging.get_logger(__name__)
 
 HEAD_HIDDEN_SIZE = 96
-
-
 DEAD_SCORER = (
     "The scorer is dead: its trunk {scorer!r} is frozen and has random weights, so the regions do not follow the "
     "image; load a checkpoint, call model.load_pretrained_scorer(), or let it train with model.freeze_scorer(False)."
@@ -93,9 +91,8 @@ class RegionScorer(nn.Module):
             logits = torch.where(finite, self.head(features), torch.nan)
             # FSDP's mixed precision casts the weights without asking the module.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            grid_size = self.config.score_grid_size
-            if logits.shape[1:] != (grid_size, grid_size):
-                grid = (grid_size, grid_size)
+            grid = (self.config.score_grid_size, self.config.score_grid_size)
+            if logits.shape[1:] != grid:
                 logits = interpolate(logits[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
             return self.head.squash(self.statistics(logits, self.config.score_normalization))
 
@@ -151,11 +148,8 @@ class RegionScorer(nn.Module):
         if self._built_on_meta:
             fresh = build_trunk(self.config)[0]
             # All tensors: a state dict lacks the buffers that a trunk computes.
-            for ours, initial in (
-                (self.trunk.parameters(), fresh.parameters()),
-                (self.trunk.buffers(), fresh.buffers()),
-            ):
-                for tensor, value in zip(ours, initial, strict=True):
+            for tensors in (nn.Module.parameters, nn.Module.buffers):
+                for tensor, value in zip(tensors(self.trunk), tensors(fresh), strict=True):
                     init.copy_(tensor, value)
 
     def warn_if_dead(self) -> None:

@@ -72,9 +72,8 @@ def cuda_kernel() -> Callable | None:
             if package == "mamba_ssm":
                 return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
             # The version that transformers 5.23 uses for its own Mamba.
-            return (
-                importlib.import_module(package).get_kernel("kernels-community/mamba-ssm", version=4).selective_scan_fn
-            )
+            kernels = importlib.import_module(package)
+            return kernels.get_kernel("kernels-community/mamba-ssm", version=4).selective_scan_fn
         except Exception as error:
             # A foreign kernel can fail in any way. The blockwise scan works without it.
             if not isinstance(error, ModuleNotFoundError) or (error.name or "").partition(".")[0] != package:
