@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+import timeit
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def synchronized_time() -> float:
+    """The clock in seconds, read when the accelerator has finished all its work.
+
+    `torch.utils.benchmark.timer` does the same, but its import warns on machines with a CUDA compiler and no GPU.
+    """
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return timeit.default_timer()
 
 
 def command_line() -> str:

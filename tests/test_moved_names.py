@@ -58,3 +58,10 @@ def test_import_of_dart_hf_imports_no_room():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     rooms = {name.split(".")[1] for name in done.stdout.split()}
     assert rooms <= {"modeling", "moved_names", "version"}
+
+
+def test_import_of_the_rooms_looks_for_no_cuda_compiler():
+    """torch.utils.cpp_extension warns where it finds a CUDA compiler and no GPU."""
+    code = "import sys, dart_hf.benchmark, dart_hf.training; print('torch.utils.cpp_extension' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

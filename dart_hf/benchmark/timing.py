@@ -2,7 +2,7 @@
 
 The models take turns. In every round each model runs once untimed and then a few times timed, so that other work of the
 machine slows all of them alike. This is why the calls are not timed by `torch.utils.benchmark.Timer`: it measures one
-statement in one block, which cannot be interleaved. Its clock, which waits for the accelerator, is used here.
+statement in one block, which cannot be interleaved. As there, the clock waits for the accelerator.
 
 Weights are random. The scores of a random scorer are standardised as usual, so regions differ in size. Reading,
 resizing and moving the images is not timed.
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import timer
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dart_hf.benchmark.models import NUM_LABELS, SIZES, BenchmarkModel
+from dart_hf.environment import synchronized_time
 from dart_hf.modeling.image_rebuilder import ImageRebuilder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,9 +115,9 @@ def timed_call(run: Callable[[], Any], settings: Settings) -> float:
     if settings.compile:
         # With CUDA graphs, the outputs of the last call may be overwritten now.
         torch.compiler.cudagraph_mark_step_begin()
-    started = timer()
+    started = synchronized_time()
     run()
-    return (timer() - started) * 1e3
+    return (synchronized_time() - started) * 1e3
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

@@ -8,12 +8,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch.utils.benchmark import timer
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 
 from dart_hf.data.batches import image_batches
 from dart_hf.data.collator import ImageClassificationCollator, is_labelled
 from dart_hf.data.labels import class_names, match_labels
+from dart_hf.environment import synchronized_time
 from dart_hf.evaluation.metrics import TOP, Accuracy, TopKAccuracy, compute_metrics_for, likeliest_classes
 
 SCORE_NORMALIZATIONS = ("running", "image", "batch")
@@ -191,9 +191,9 @@ def evaluate_classifier(
             for budget in (*budgets[turn:], *budgets[:turn]):
                 if not outputs[budget].calls:
                     _try_budget(model, pixel_values, budget)
-                started = timer()
+                started = synchronized_time()
                 logits = model(pixel_values, num_patches=budget).logits
-                outputs[budget].add(logits, labels, timer() - started)
+                outputs[budget].add(logits, labels, synchronized_time() - started)
     if num_unreadable == len(data):
         raise ValueError(f"There is nothing to evaluate: none of the {len(data)} images could be read.")
     return Evaluation(

@@ -103,7 +103,7 @@ def test_each_batch_is_read_once_and_budgets_take_turns(model, processor, data, 
         clock.now += 500 if first or len(pixel_values) < 6 else num_patches
         return SimpleNamespace(logits=torch.zeros(len(pixel_values), len(NAMES)))
 
-    monkeypatch.setattr(dart_hf.evaluation.classification, "timer", lambda: clock.now)
+    monkeypatch.setattr(dart_hf.evaluation.classification, "synchronized_time", lambda: clock.now)
     monkeypatch.setattr(model, "forward", forward)
     found = evaluate_classifier(model, prepare, data, NAMES, [9, 16, 25], batch_size=6)
     untimed = [6, 9, 9, 16, 16, 25, 25]
