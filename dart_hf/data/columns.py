@@ -95,7 +95,7 @@ def _only_column(
     if given is not None and given not in features:
         raise ValueError(f"{role}_column: {str(source)!r} has no column {given!r}; it has {quoted(features)}.")
     if given is None and len(candidates) != 1:
-        found = f"several columns could hold it ({quoted(candidates)})" if candidates else "no column holds it"
+        found = f"several columns could hold it ({quoted(candidates)})" if candidates else "none is recognised"
         raise ValueError(
             f"{role}_column: say which column of {str(source)!r} holds the {role}: {found}; it has {quoted(features)}."
         )

@@ -93,7 +93,9 @@ def test_columns_are_found_by_type_or_named(tmp_path):
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "x.parquet")
     assert load_image_data(tmp_path / "x.parquet", label_column="kind").label_names == ["a", "b"]
     assert load_image_data(tmp_path / "x.parquet", needs_labels=False).train.column_names == ["image"]
-    with pytest.raises(ValueError, match=r"label_column: say which column .* it has 'photo', 'kind', 'number'"):
+    with pytest.raises(
+        ValueError, match=r"label_column: say which column .* none is recognised; it has 'photo', 'kind', 'number'"
+    ):
         load_image_data(tmp_path / "x.parquet")
 
 
