@@ -250,8 +250,8 @@ def compiled(run: Callable, settings: Settings) -> Callable:
     """The function, compiled if the settings ask for it."""
     if not settings.compile:
         return run
-    # All models of transformers share the code of one decorator. Without higher limits the compiler would stop to
-    # compile after some versions of it. torch.compile takes a limit itself only in recent versions of PyTorch.
+    # All models of transformers share the code of one decorator. Without higher limits the compiler would give
+    # up after some versions of it. torch.compile takes a limit itself only in recent versions of PyTorch.
     config = torch._dynamo.config
     config.recompile_limit = config.accumulated_recompile_limit = 1000
     return torch.compile(run, mode=settings.compile_mode, dynamic=False)
