@@ -32,9 +32,18 @@ TINY = {
 }
 
 
+# The training ends with the "best" model; the greatest loss counts as best, so that it is not the last model.
+KEEP_WORST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+
+
 def tiny_dart(**settings: Any) -> DartForImageClassification:
     set_seed(0)
     return DartForImageClassification(DartConfig(**{**TINY, "num_labels": NUM_LABELS, **settings}))
+
+
+def still_dart(**settings: Any) -> DartForImageClassification:
+    """A model that computes the same in training whatever the batch: without dropout and without a scorer."""
+    return tiny_dart(**{"partition": "uniform", "hidden_dropout_prob": 0.0, "drop_path_rate": 0.0, **settings})
 
 
 def tiny_pictures(count: int) -> list[dict[str, Any]]:
@@ -46,6 +55,16 @@ def tiny_pictures(count: int) -> list[dict[str, Any]]:
         pixels[..., number % NUM_LABELS] += 60
         rows.append({"image": Image.fromarray(pixels.astype(np.uint8)), "label": number % NUM_LABELS})
     return rows
+
+
+def write_photos(root: Path, train: int = 22, test: int = 6) -> Path:
+    """Write the pictures to `root`/SPLIT/LABEL/NUMBER.png; return `root`."""
+    for split, count in (("train", train), ("test", test)):
+        for number, row in enumerate(tiny_pictures(count)):
+            path = root / split / str(row["label"]) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    return root
 
 
 def tiny_processor() -> DartImageProcessor:
@@ -74,13 +93,20 @@ def tiny_arguments(output: Path, **arguments: Any) -> TrainingArguments:
 
 
 def tiny_trainer(
-    output: Path, recipe: Recipe | None = None, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
+    output: Path,
+    recipe: Recipe | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    model: DartForImageClassification | None = None,
+    rows: list[dict[str, Any]] | None = None,
+    **arguments: Any,
 ) -> DartTrainer:
+    """A trainer on 22 pictures, or on `rows`, that evaluates the first six and prints nothing."""
+    rows = rows or tiny_pictures(22)
     trainer = DartTrainer(
-        tiny_dart(),
+        model or tiny_dart(),
         tiny_arguments(output, **arguments),
-        train_dataset=tiny_pictures(22),
-        eval_dataset=tiny_pictures(6),
+        train_dataset=rows,
+        eval_dataset=rows[:6],
         processing_class=tiny_processor(),
         callbacks=callbacks,
         recipe=recipe,

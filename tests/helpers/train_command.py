@@ -1,5 +1,7 @@
 """What the tests of `dart-hf train` share: a tiny configuration, folders of digits, and calls of the command."""
 
+from collections.abc import Callable
+
 from typer.testing import CliRunner
 
 from dart_hf.cli.main import app
@@ -27,8 +29,8 @@ CONFIG = {
 }
 
 
-def train(*arguments: object) -> dict:
-    return run_training(parse_settings([str(argument) for argument in arguments]), say=lambda line: None)
+def train(*arguments: object, say: Callable[[str], None] = lambda line: None) -> dict:
+    return run_training(parse_settings([str(argument) for argument in arguments]), say=say)
 
 
 def command(*arguments: object):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_training import same_tensors, tiny_trainer
+from helpers.tiny_training import KEEP_WORST, same_tensors, tiny_trainer
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
@@ -74,34 +74,24 @@ def test_files_are_flushed_before_the_checkpoint_is_marked(folder, monkeypatch):
     assert after == {checkpoint}
 
 
-def test_latest_checkpoint_has_the_most_steps(folder):
-    assert latest_complete_checkpoint(str(folder)) == folder / "checkpoint-12"
-    shutil.rmtree(folder / "checkpoint-12")
-    assert latest_complete_checkpoint(folder) == folder / "checkpoint-9"
-    assert latest_complete_checkpoint(folder / "missing") is None
+# Damage -> what it does to a checkpoint.
+DAMAGES = {
+    "no marker": lambda checkpoint: (checkpoint / MARKER).unlink(),
+    "half a marker": lambda checkpoint: (checkpoint / MARKER).write_text((checkpoint / MARKER).read_text()[:20]),
+    "a file is missing": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+    "a file is cut": lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(b"half"),
+    "empty": lambda checkpoint: (shutil.rmtree(checkpoint), checkpoint.mkdir()),
+}
 
 
-@pytest.mark.parametrize("damage", ["no marker", "half a marker", "a file is missing", "a file is cut", "empty"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_incomplete_checkpoint_is_not_used_and_removed_if_it_never_was_complete(damage, folder):
-    checkpoint = folder / "checkpoint-12"
-    if damage == "no marker":
-        (checkpoint / MARKER).unlink()
-    elif damage == "half a marker":
-        (checkpoint / MARKER).write_text((checkpoint / MARKER).read_text()[:20])
-    elif damage == "a file is missing":
-        (checkpoint / "scheduler.pt").unlink()
-    elif damage == "a file is cut":
-        (checkpoint / "optimizer.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes()[:-1])
-    else:
-        shutil.rmtree(checkpoint)
-        checkpoint.mkdir()
-    assert latest_complete_checkpoint(folder) == folder / "checkpoint-9"
+    checkpoint, never_complete = folder / "checkpoint-12", damage in ("no marker", "empty")
+    DAMAGES[damage](checkpoint)
+    assert latest_complete_checkpoint(str(folder)) == folder / "checkpoint-9"
     assert checkpoint.exists()
-    never_complete = damage in ("no marker", "empty")
     assert remove_incomplete_checkpoints(folder) == ([checkpoint] if never_complete else [])
-    assert names(folder) == {"checkpoint-3", "checkpoint-6", "checkpoint-9"} | (
-        set() if never_complete else {"checkpoint-12"}
-    )
+    assert checkpoint.exists() != never_complete and len(names(folder)) == 4 - never_complete
 
 
 def test_other_folders_stay(folder):
@@ -113,6 +103,7 @@ def test_other_folders_stay(folder):
     assert remove_incomplete_checkpoints(folder) == []
     assert names(folder) == before
     assert remove_incomplete_checkpoints(folder / "missing") == []
+    assert latest_complete_checkpoint(folder / "missing") is None
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(2, {9, 12}), (None, {3, 6, 9, 12}), (0, {3, 6, 9, 12})])
@@ -123,24 +114,16 @@ def test_older_checkpoints_are_deleted(limit, kept, tmp_path):
     assert trainer.args.save_total_limit == limit
 
 
-def test_best_checkpoint_is_kept(tmp_path):
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = tiny_trainer(tmp_path, max_steps=12, save_total_limit=1, **best)
+def test_best_checkpoint_is_kept_and_found_after_the_folder_moved(tmp_path):
+    trainer = tiny_trainer(tmp_path / "before", max_steps=12, save_total_limit=1, **KEEP_WORST)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint).name
     assert best != "checkpoint-12"
-    assert names(tmp_path) == {best, "checkpoint-12"}
-
-
-def test_best_checkpoint_is_found_after_the_folder_moved(tmp_path):
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = tiny_trainer(tmp_path / "before", max_steps=6, **best)
-    trainer.train()
+    assert names(tmp_path / "before") == {best, "checkpoint-12"}
     (tmp_path / "before").rename(tmp_path / "after")
-    moved = tiny_trainer(tmp_path / "after", max_steps=6, **best)
+    moved = tiny_trainer(tmp_path / "after", max_steps=12, **KEEP_WORST)
     moved.train(resume_from_checkpoint=True)
-    expected = tmp_path / "after" / Path(trainer.state.best_model_checkpoint).name
-    assert moved.state.best_model_checkpoint == str(expected)
+    assert moved.state.best_model_checkpoint == str(tmp_path / "after" / best)
 
 
 def test_older_checkpoints_stay_until_the_new_one_is_complete(tmp_path, monkeypatch):
@@ -153,12 +136,6 @@ def test_older_checkpoints_stay_until_the_new_one_is_complete(tmp_path, monkeypa
     monkeypatch.setattr(checkpoints, "remove_checkpoint", record)
     tiny_trainer(tmp_path, max_steps=9, save_total_limit=1).train()
     assert seen == [("checkpoint-3", "checkpoint-6"), ("checkpoint-6", "checkpoint-9")]
-
-
-def test_half_deleted_checkpoint_is_not_complete(folder, monkeypatch):
-    monkeypatch.setattr(shutil, "rmtree", lambda checkpoint: None)
-    remove_checkpoint(folder / "checkpoint-12")
-    assert not is_complete(folder / "checkpoint-12")
 
 
 def test_checkpoint_is_written_again_from_nothing(folder, monkeypatch):
@@ -178,37 +155,32 @@ def test_checkpoint_is_written_again_from_nothing(folder, monkeypatch):
 
 
 def test_save_strategy_best_marks_its_checkpoints(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "stale.txt").write_text("from a training that was killed")
-    best = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": True}
-    tiny_trainer(tmp_path, max_steps=6, **best).train()
+    tiny_trainer(tmp_path, max_steps=6, **{**KEEP_WORST, "save_strategy": "best"}).train()
     assert latest_complete_checkpoint(tmp_path) is not None
-    assert not (tmp_path / "checkpoint-3" / "stale.txt").exists()
 
 
 class RandomStates(TrainerCallback):
-    """Keeps torch's random state before and after the first evaluation."""
+    """Keeps torch's random state before and after the evaluation of the third step."""
 
     def __init__(self):
         self.states = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_evaluate:
+        if state.global_step == 3:
             self.states.append(torch.get_rng_state())
 
     def on_save(self, args, state, control, **kwargs):
         self.states.append(torch.get_rng_state())
 
 
-def test_evaluation_does_not_change_the_random_numbers_of_the_training(tmp_path):
+def test_only_evaluations_within_a_training_keep_its_random_numbers(tmp_path):
     states = RandomStates()
     trainer = tiny_trainer(tmp_path, callbacks=[states], max_steps=3)
     trainer.train()
-    assert torch.equal(*states.states)
-    # An evaluation that the training did not start changes them.
-    before = torch.get_rng_state()
+    before, after = states.states
+    assert torch.equal(before, after)
     trainer.evaluate()
-    assert not torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(after, torch.get_rng_state())
 
 
 def test_resume_after_the_last_step_gives_the_final_model(trained, tmp_path, monkeypatch):
@@ -222,18 +194,15 @@ def test_resume_after_the_last_step_gives_the_final_model(trained, tmp_path, mon
     assert len(trainer.get_train_dataloader()) == 6
 
 
-def test_resume_true_takes_the_latest_complete_checkpoint(folder):
+def test_resume_true_takes_the_latest_complete_checkpoint_or_none(folder):
     (folder / "checkpoint-12" / MARKER).unlink()
     trainer = tiny_trainer(folder, max_steps=12)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 12 and is_complete(folder / "checkpoint-12")
-
-
-def test_resume_true_without_a_complete_checkpoint_starts_from_the_beginning(folder):
-    for path in folder.glob("*/complete.json"):
+    for path in folder.glob(f"*/{MARKER}"):
         path.unlink()
     trainer = tiny_trainer(folder, max_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1
-    # They may be those of a stock Trainer.
+    # Those without a marker may be a stock Trainer's, so they stay.
     assert names(folder) >= {"checkpoint-3", "checkpoint-12"}

@@ -1,9 +1,12 @@
 """The average of the weights: its value, and that a training evaluates it, saves it and ends with it."""
 
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from helpers.tiny_training import same_tensors, tiny_dart, tiny_pictures, tiny_trainer
+from helpers.tiny_training import KEEP_WORST, same_tensors, tiny_dart, tiny_pictures, tiny_trainer
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -12,10 +15,6 @@ from dart_hf.training.ema import EMA_FILE, WeightAverage, load_average
 
 WEIGHTS = "model.safetensors"
 SCORER = "dart.tokenizer.scorer."
-
-
-def copied(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def evaluation_losses(trainer):
@@ -30,7 +29,7 @@ class Weights(TrainerCallback):
         self.after_step = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.after_step.append(copied(model))
+        self.after_step.append(deepcopy(model.state_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_average_is_exponential(warmup, decays, tmp_path):
     for step, decay in enumerate(decays, start=1):
         for tensor in model.state_dict().values():
             tensor.add_(step)
-        new = copied(model)
+        new = deepcopy(model.state_dict())
         before = expected if step > 1 else new
         expected = {
             name: decay * before[name] + (1 - decay) * value if value.is_floating_point() else value
@@ -63,10 +62,7 @@ def test_average_is_exponential(warmup, decays, tmp_path):
 
 def test_training_averages_once_per_optimizer_step_including_buffers(tmp_path):
     weights = Weights()
-    trainer = tiny_trainer(
-        tmp_path, Recipe(ema_decay=0.5), [weights], max_steps=3, save_steps=3, gradient_accumulation_steps=2
-    )
-    trainer.train()
+    tiny_trainer(tmp_path, Recipe(ema_decay=0.5), [weights], max_steps=3, gradient_accumulation_steps=2).train()
     first, second, third = weights.after_step
     # The warmup's decays are 1/10 and 2/11.
     found, last = (load_file(tmp_path / "checkpoint-3" / name) for name in (EMA_FILE, WEIGHTS))
@@ -102,13 +98,11 @@ def test_averaging_does_not_change_the_training(trained, tmp_path):
 
 def test_trained_model_is_the_latest_average(trained):
     trainer, output, _ = trained
-    trainer.evaluate()
     assert same_tensors(trainer.model.state_dict(), load_file(output / "checkpoint-9" / EMA_FILE))
 
 
 def test_trained_model_is_the_best_average(tmp_path):
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    trainer = tiny_trainer(tmp_path, Recipe(ema_decay=0.5), max_steps=9, **best)
+    trainer = tiny_trainer(tmp_path, Recipe(ema_decay=0.5), max_steps=9, **KEEP_WORST)
     trainer.train()
     losses = evaluation_losses(trainer)
     step = max(losses, key=losses.get)
@@ -121,10 +115,9 @@ def test_resumed_training_starts_from_its_average(trained, tmp_path):
     before, output, _ = trained
     trainer = tiny_trainer(tmp_path, Recipe(ema_decay=0.8), max_steps=9, eval_on_start=True)
     trainer.train(resume_from_checkpoint=output / "checkpoint-6")
-    at_start = [
-        entry["eval_loss"] for entry in trainer.state.log_history if entry["step"] == 6 and "eval_loss" in entry
-    ]
-    assert at_start == [evaluation_losses(before)[6]] * 2
+    # The first of step 6 is that of the checkpoint.
+    at_start = [entry.get("eval_loss") for entry in trainer.state.log_history if entry["step"] == 6]
+    assert [loss for loss in at_start if loss] == [evaluation_losses(before)[6]] * 2
     assert same_tensors(trainer.model.state_dict(), before.model.state_dict())
 
 
@@ -148,15 +141,13 @@ def test_failed_evaluation_restores_the_weights(tmp_path):
 
 
 def test_skipped_optimizer_step_does_not_count(tmp_path):
-    weights, optimizer_steps = Weights(), []
-    trainer = tiny_trainer(tmp_path, Recipe(ema_decay=0.5), [weights], max_steps=2, eval_strategy="no")
-    update = trainer._end_optimizer_step
-    trainer._end_optimizer_step = lambda: (optimizer_steps.append(trainer.state.global_step), update())
+    trainer, updates = tiny_trainer(tmp_path, Recipe(ema_decay=0.5), max_steps=2, eval_strategy="no"), []
+    trainer._end_optimizer_step = lambda: updates.append(trainer.state.global_step)
     events = next(each for each in trainer.callback_handler.callbacks if type(each).__name__ == "_TrainingEvents")
-    trainer.train()
-    assert optimizer_steps == [0, 1]
-    events.on_optimizer_step(None, None, None, optimizer=type("Optimizer", (), {"step_was_skipped": True}))
-    assert optimizer_steps == [0, 1]
+    for skipped in (True, False):
+        optimizer = SimpleNamespace(step_was_skipped=skipped)
+        events.on_optimizer_step(None, None, None, optimizer=optimizer)
+    assert updates == [0]
 
 
 def test_average_stays_in_float32_under_autocast(tmp_path):
@@ -173,32 +164,25 @@ def test_decay_out_of_range(decay, tmp_path):
         tiny_trainer(tmp_path, Recipe(ema_decay=decay))
 
 
-def test_resume_without_an_average_is_an_error(tmp_path):
-    tiny_trainer(tmp_path, max_steps=3).train()
-    with pytest.raises(FileNotFoundError, match=f"checkpoint-3/{EMA_FILE}, does not exist: resume a training that had"):
-        tiny_trainer(tmp_path, Recipe(ema_decay=0.5)).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize("damage", ["cut", "another model's"])
-def test_average_that_does_not_fit(damage, tmp_path):
-    if damage == "cut":
-        (tmp_path / EMA_FILE).write_bytes(bytes(20))
-    else:
-        save_file({"weight": torch.zeros(1)}, tmp_path / EMA_FILE)
+def test_average_that_is_missing_or_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{EMA_FILE}, does not exist: resume a training that had ema_decay"):
+        load_average(tiny_dart(), tmp_path)
+    (tmp_path / EMA_FILE).write_bytes(bytes(20))
+    with pytest.raises(ValueError, match="is damaged or another model's"):
+        load_average(tiny_dart(), tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / EMA_FILE)
     with pytest.raises(ValueError, match="is damaged or another model's"):
         load_average(tiny_dart(), tmp_path)
 
 
-def test_weights_in_half_precision_are_refused(tmp_path):
+@pytest.mark.parametrize("reason", ["half precision", DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_weights_that_cannot_be_averaged_are_refused(reason, tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, Recipe(ema_decay=0.5))
-    trainer.model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"needs weights in float32, got torch\.bfloat16"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_weights_spread_over_processes_are_refused(kind, tmp_path, monkeypatch):
-    trainer = tiny_trainer(tmp_path, Recipe(ema_decay=0.5))
-    monkeypatch.setattr(ema, "AcceleratorState", lambda: type("State", (), {"distributed_type": kind}))
-    with pytest.raises(ValueError, match=f"needs all weights in every process, and {kind.value} spreads them"):
+    message = r"needs weights in float32, got torch\.bfloat16"
+    if reason == "half precision":
+        trainer.model.to(torch.bfloat16)
+    else:
+        monkeypatch.setattr(ema, "AcceleratorState", lambda: SimpleNamespace(distributed_type=reason))
+        message = f"needs all weights in every process, and {reason.value} spreads them"
+    with pytest.raises(ValueError, match=message):
         trainer.train()

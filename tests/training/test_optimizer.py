@@ -2,16 +2,11 @@
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_classifier
 from helpers.tiny_training import tiny_dart, tiny_trainer
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from dart_hf import (
-    DartRmtConfig,
-    DartRmtForImageClassification,
-    DartVimConfig,
-    DartVimForImageClassification,
-)
 from dart_hf.training import Recipe, parameter_groups
 
 LEARNING_RATE = 0.1
@@ -49,16 +44,41 @@ def test_every_parameter_is_in_the_group_of_its_depth_and_kind(scorer, scorer_le
     assert len(names) == sum(map(len, groups.values()))
 
 
-def test_distillation_token_and_head():
+def test_depths_of_heads_and_of_a_model_without_one():
     groups = grouped(tiny_dart(distillation_token=True, distillation_head=True))
     assert groups["depth_0_no_decay"] > {"dart.cls_token", "dart.distillation_token"}
     assert groups["depth_3"] == {"classifier.weight", "distillation_classifier.weight"}
-
-
-def test_model_without_a_head():
     groups = grouped(tiny_dart().dart)
     assert groups["depth_3_no_decay"] == {"layernorm.weight", "layernorm.bias"}
     assert "layers.1.mlp.fc1.weight" in groups["depth_2"]
+
+
+def test_depths_of_a_vision_mamba():
+    groups = grouped(tiny_classifier(model_type="dart_vim", num_hidden_layers=2))
+    assert groups["depth_0_no_decay"] >= {"dart_vim.cls_token", "dart_vim.tokenizer.position_embeddings"}
+    mixer = "dart_vim.layers.1.mixer"
+    assert {f"{mixer}.in_proj.weight", f"{mixer}.backward_scan.dt_proj.weight"} <= groups["depth_2"]
+    # Rates of decay are not weights of a layer.
+    assert {f"{mixer}.forward_scan.{name}" for name in ("A_log", "D")} <= groups["depth_2_no_decay"]
+    assert groups["depth_3"] == {"classifier.weight"}
+    assert groups["depth_3_no_decay"] == {"classifier.bias", "dart_vim.norm.weight"}
+
+
+def test_every_layer_of_every_stage_has_its_own_depth():
+    """The step down to the next stage has that of the layer before it."""
+    groups = grouped(tiny_classifier(model_type="dart_rmt", depths=[2, 1]))
+    depths = {name: int(group.split("_")[1]) for group, names in groups.items() for name in names}
+    expected = {
+        "tokenizer.scorer.head.fc1": 0,
+        "stem.convolutions.3.conv": 0,
+        "stages.0.layers.0.mlp.fc1": 1,
+        "stages.0.layers.1.mlp.fc1": 2,
+        "stages.0.downsample.conv": 2,
+        "stages.1.layers.0.mlp.fc1": 3,
+        "pooler.projection": 4,
+    }
+    assert {name: depths[f"dart_rmt.{name}.weight"] for name in expected} == expected
+    assert "dart_rmt.stages.1.layers.0.layer_scale1" in groups["depth_3_no_decay"]
 
 
 def test_each_group_learns_at_its_rate():
@@ -70,9 +90,7 @@ def test_each_group_learns_at_its_rate():
     ]
     assert [group["weight_decay"] for group in groups] == [WEIGHT_DECAY, 0.0] * 5
     assert {group["lr"] for group in parameter_groups(tiny_dart(), LEARNING_RATE, WEIGHT_DECAY)} == {LEARNING_RATE}
-
-
-def test_frozen_layer_is_still_a_layer():
+    # A frozen layer is still a layer.
     model = tiny_dart()
     model.dart.layers[0].requires_grad_(False)
     rates = {group["name"]: group["lr"] for group in parameter_groups(model, LEARNING_RATE, WEIGHT_DECAY, 0.5)}
@@ -98,9 +116,7 @@ def in_fsdp_units(model):
 def test_wrapped_models_have_the_same_groups(wrap):
     model = tiny_dart()
     expected, names = grouped(model, scorer_learning_rate=1e-3), dict(model.named_parameters())
-    wrapped = wrap(model)
-    assert {name for name, _ in wrapped.named_parameters()}.isdisjoint(names)
-    groups = parameter_groups(wrapped, LEARNING_RATE, WEIGHT_DECAY, scorer_learning_rate=1e-3)
+    groups = parameter_groups(wrap(model), LEARNING_RATE, WEIGHT_DECAY, scorer_learning_rate=1e-3)
     ids = {name: {id(names[member]) for member in members} for name, members in expected.items()}
     assert {group["name"]: set(map(id, group["params"])) for group in groups} == ids
 
@@ -127,24 +143,19 @@ class LearningRates(TrainerCallback):
         self.groups.append({group["name"]: group["lr"] for group in optimizer.param_groups})
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "learning_rate" in logs:
-            self.logged.append(logs["learning_rate"])
+        self.logged += [logs["learning_rate"]] if "learning_rate" in logs else []
 
 
 RATES = Recipe(layer_decay=0.5, scorer_learning_rate=1e-3)
 
 
-def train(folder, recipe=RATES, **arguments):
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+def test_trainer_schedules_every_group_of_the_chosen_optimizer(optimizer, tmp_path):
     rates = LearningRates()
-    settings = {"max_steps": 4, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "linear", "logging_steps": 1}
-    settings |= {"save_strategy": "no", "eval_strategy": "no", **arguments}
-    trainer = tiny_trainer(folder, recipe, [rates], **settings)
+    settings = {"max_steps": 4, "lr_scheduler_type": "linear", "logging_steps": 1, "learning_rate": LEARNING_RATE}
+    settings |= {"save_strategy": "no", "eval_strategy": "no", "adam_beta1": 0.8, "optim": optimizer}
+    trainer = tiny_trainer(tmp_path, RATES, [rates], **settings)
     trainer.train()
-    return trainer, rates
-
-
-def test_trainer_schedules_every_group(tmp_path):
-    trainer, rates = train(tmp_path, adam_beta1=0.8)
     # Linearly from the full rate at the first of four steps to zero after the last.
     for step, groups in enumerate(rates.groups):
         left = 1 - step / 4
@@ -153,14 +164,11 @@ def test_trainer_schedules_every_group(tmp_path):
         assert groups["depth_0_no_decay"] == pytest.approx(left * 0.0125)
         assert groups["scorer"] == pytest.approx(left * 1e-3)
     assert rates.logged == pytest.approx([0.1, 0.075, 0.05, 0.025])
-    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.999)
-
-
-def test_trainer_keeps_the_choice_of_optimizer(tmp_path):
-    trainer, _ = train(tmp_path, optim="sgd")
-    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
-    assert len(trainer.optimizer.param_groups) == 10
+    if optimizer == "sgd":
+        assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+    else:
+        assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+        assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.999)
 
 
 def test_optimizer_of_the_user_replaces_ours(tmp_path):
@@ -177,42 +185,3 @@ def test_optimizer_that_groups_by_itself_is_refused_only_with_rates_of_ours(tmp_
         tiny_trainer(tmp_path, RATES, optim="sgd").create_optimizer()
     (group,) = tiny_trainer(tmp_path, optim="sgd").create_optimizer().param_groups
     assert group["params"] == [weight]
-
-
-def test_depths_of_a_vision_mamba():
-    config = DartVimConfig(hidden_size=8, num_hidden_layers=2, scorer="conv", num_labels=3)
-    groups = grouped(DartVimForImageClassification(config))
-    assert groups["depth_0_no_decay"] >= {"dart_vim.cls_token", "dart_vim.tokenizer.position_embeddings"}
-    mixer = "dart_vim.layers.1.mixer"
-    assert {f"{mixer}.in_proj.weight", f"{mixer}.backward_scan.dt_proj.weight"} <= groups["depth_2"]
-    # Rates of decay are not weights of a layer.
-    assert {f"{mixer}.forward_scan.{name}" for name in ("A_log", "D")} <= groups["depth_2_no_decay"]
-    assert groups["depth_3"] == {"classifier.weight"}
-    assert groups["depth_3_no_decay"] == {"classifier.bias", "dart_vim.norm.weight"}
-
-
-def test_depths_of_stages():
-    """Each layer of each stage has its own depth. The step down to the next stage has that of the layer before it."""
-    stages = {
-        "hidden_sizes": (8, 16),
-        "depths": (2, 1),
-        "num_attention_heads": (1, 2),
-        "mlp_ratios": (2, 2),
-        "decay_starts": (2, 2),
-        "decay_ranges": (4, 4),
-        "chunkwise": (True, False),
-        "layer_scale": (False, True),
-    }
-    groups = grouped(DartRmtForImageClassification(DartRmtConfig(**stages, scorer="conv", num_labels=3)))
-    depths = {name: int(group.split("_")[1]) for group, names in groups.items() for name in names}
-    expected = {
-        "tokenizer.scorer.head.fc1": 0,
-        "stem.convolutions.3.conv": 0,
-        "stages.0.layers.0.mlp.fc1": 1,
-        "stages.0.layers.1.mlp.fc1": 2,
-        "stages.0.downsample.conv": 2,
-        "stages.1.layers.0.mlp.fc1": 3,
-        "pooler.projection": 4,
-    }
-    assert {name: depths[f"dart_rmt.{name}.weight"] for name in expected} == expected
-    assert "dart_rmt.stages.1.layers.0.layer_scale1" in groups["depth_3_no_decay"]

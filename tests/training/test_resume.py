@@ -1,5 +1,6 @@
 """A training that is killed anywhere, again and again, ends with the weights of one that is not, bit for bit."""
 
+import functools
 import gc
 import itertools
 import json
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_training import TINY, same_tensors, tiny_pictures, tiny_trainer
+from helpers.tiny_training import TINY, same_tensors, tiny_trainer, write_photos
+from helpers.train_command import train
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerState
 
@@ -26,11 +28,10 @@ from dart_hf.training import trainer as trainer_module
 from dart_hf.training.checkpoints import MARKER, latest_complete_checkpoint
 from dart_hf.training.ema import EMA_FILE
 from dart_hf.training.output_folder import SETTINGS_FILE
-from dart_hf.training.run import run_training
-from dart_hf.training.settings import parse_settings
 
 WEIGHTS = "model.safetensors"
 RANDOM_KILLS = 14
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 # Trainings that are killed ----------------------------------------------------------------------------------------
 
@@ -40,52 +41,24 @@ Training = Callable[[Path], None]
 
 
 def train_with_trainer(output: Path) -> None:
-    trainer = tiny_trainer(
-        output,
-        Recipe(ema_decay=0.99996),
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-    )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    trainer = tiny_trainer(output, Recipe(ema_decay=0.99996), save_total_limit=2, **best)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
 
 
 def train_with_command(output: Path) -> None:
-    settings = {
-        "data": str(output.parent / "pictures"),
-        "preset": "tiny",
-        "model_settings": json.dumps(TINY),
-        "crop_pct": 1.0,
-        "max_steps": 20,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "ema_decay": 0.9,
-        "horizontal_flip": 0.5,
-        "random_erasing": 0.5,
-        "mixup": 0.5,
-        "cutmix": 0.5,
-        "repeated_augmentation": 2,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    arguments = ["--output", str(output)]
     if (output / SETTINGS_FILE).exists():
-        arguments += ["--resume"]
-    else:
-        arguments += [option for name, value in settings.items() for option in (f"--{name}", str(value))]
-    run_training(parse_settings(arguments), say=lambda line: None)
-
-
-def write_pictures(folder: Path) -> None:
-    for split, count in (("train", 22), ("test", 6)):
-        for number, row in enumerate(tiny_pictures(count)):
-            (folder / split / str(row["label"])).mkdir(parents=True, exist_ok=True)
-            row["image"].save(folder / split / str(row["label"]) / f"{number}.png")
+        train("--output", output, "--resume")
+        return
+    settings = {
+        "data": write_photos(output.parent / "pictures"), "preset": "tiny", "model_settings": json.dumps(TINY),
+        "crop_pct": 1.0, "max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True,
+        "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9,
+        "horizontal_flip": 0.5, "random_erasing": 0.5, "mixup": 0.5, "cutmix": 0.5, "repeated_augmentation": 2,
+        "disable_tqdm": True, "output": output,
+    }  # fmt: skip
+    train(*(option for name, value in settings.items() for option in (f"--{name}", value)))
 
 
 # Kills ------------------------------------------------------------------------------------------------------------
@@ -101,21 +74,21 @@ class Moment:
     damage: Callable[..., Any] = lambda *_, **__: None
 
 
-def _becomes(name: str) -> Callable[..., bool]:
-    """A condition: the second argument, a path, has this name."""
+def _is_named(name: str) -> Callable[..., bool]:
+    """A condition: the second argument is a path with this name."""
     return lambda _, path, *__, **___: Path(path).name == name
 
 
-def _half_a_model(_: Trainer, folder: str, **__: Any) -> None:
+def _write_half_a_model(_: Trainer, folder: str, **__: Any) -> None:
     Path(folder).mkdir(parents=True)
     (Path(folder) / WEIGHTS).write_bytes(bytes(1000))
 
 
-def _half_a_file(_: Any, path: str, **__: Any) -> None:
+def _write_half_a_file(_: Any, path: str, **__: Any) -> None:
     Path(path).write_bytes(bytes(1000))
 
 
-def _half_deleted(folder: Path, **_: Any) -> None:
+def _delete_every_second_file(folder: Path, **_: Any) -> None:
     for path in sorted(folder.iterdir())[::2]:
         path.unlink()
 
@@ -123,20 +96,20 @@ def _half_deleted(folder: Path, **_: Any) -> None:
 MOMENTS = {
     "in a step": Moment(Trainer, "training_step"),
     "in an evaluation": Moment(Trainer, "prediction_step"),
-    "in model.safetensors": Moment(Trainer, "_save", damage=_half_a_model),
+    "in model.safetensors": Moment(Trainer, "_save", damage=_write_half_a_model),
     "after model.safetensors": Moment(Trainer, "_save_optimizer_and_scheduler"),
-    "in optimizer.pt": Moment(torch, "save", _becomes("optimizer.pt"), _half_a_file),
+    "in optimizer.pt": Moment(torch, "save", _is_named("optimizer.pt"), _write_half_a_file),
     "before trainer_state.json": Moment(TrainerState, "save_to_json"),
-    "in ema.safetensors": Moment(ema, "save_model", damage=_half_a_file),
-    "after ema.safetensors": Moment(os, "replace", _becomes(EMA_FILE)),
+    "in ema.safetensors": Moment(ema, "save_model", damage=_write_half_a_file),
+    "after ema.safetensors": Moment(os, "replace", _is_named(EMA_FILE)),
     "before the marker": Moment(trainer_module, "mark_complete"),
-    "in the marker": Moment(os, "replace", _becomes(MARKER)),
+    "in the marker": Moment(os, "replace", _is_named(MARKER)),
     "before deleting": Moment(checkpoints, "remove_checkpoint"),
-    "in deleting": Moment(shutil, "rmtree", damage=_half_deleted),
+    "in deleting": Moment(shutil, "rmtree", damage=_delete_every_second_file),
 }
 
 
-def run_to_a_moment(train: Training, output: Path, moment: str | None = None) -> None:
+def train_up_to(train: Training, output: Path, moment: str | None = None) -> None:
     """Train in this process, which kills itself at the second time of a moment, so that every run makes progress."""
     torch.set_num_threads(1)
     # `Trainer` collects garbage, which would copy all memory that this process shares with its parent.
@@ -155,10 +128,10 @@ def run_to_a_moment(train: Training, output: Path, moment: str | None = None) ->
     train(output)
 
 
-def run_training_keeping_all(train: Training, output: Path) -> None:
-    """Train in this process without a kill, and keep all checkpoints."""
+def train_keeping_every_checkpoint(train: Training, output: Path) -> None:
+    """Train in this process without a kill."""
     checkpoints.remove_checkpoint = lambda checkpoint: None
-    run_to_a_moment(train, output)
+    train_up_to(train, output)
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +157,14 @@ EVERY_KILL = [*MOMENTS, *[None] * RANDOM_KILLS]
     ("train", "kills"),
     [
         pytest.param(train_with_command, ["in ema.safetensors", "in deleting"], id="command, two kills"),
-        pytest.param(train_with_trainer, EVERY_KILL, id="trainer, every kill", marks=pytest.mark.slow),
-        pytest.param(train_with_command, EVERY_KILL, id="command, every kill", marks=pytest.mark.slow),
+        slow(train_with_trainer, EVERY_KILL, id="trainer, every kill"),
+        slow(train_with_command, EVERY_KILL, id="command, every kill"),
     ],
 )
 def test_kills_lose_no_checkpoint_and_change_no_weights(train, kills, start, tmp_path):
-    write_pictures(tmp_path / "pictures")
     undisturbed = tmp_path / "undisturbed"
     started = time.monotonic()
-    process = start(run_training_keeping_all, train, undisturbed)
+    process = start(train_keeping_every_checkpoint, train, undisturbed)
     process.join()
     duration = time.monotonic() - started
     assert process.exitcode == 0
@@ -202,7 +174,7 @@ def test_kills_lose_no_checkpoint_and_change_no_weights(train, kills, start, tmp
     pending: list[str | None] = list(kills)
     num_runs = 0
     while pending:
-        process = start(run_to_a_moment, train, output, pending[0])
+        process = start(train_up_to, train, output, pending[0])
         if pending[0] is None:
             process.join(delays.uniform(0, 0.6) * duration)
             process.kill()
@@ -220,7 +192,7 @@ def test_kills_lose_no_checkpoint_and_change_no_weights(train, kills, start, tmp
             shutil.rmtree(output)
             output, steps = next(outputs), -1
 
-    process = start(run_to_a_moment, train, output)
+    process = start(train_up_to, train, output)
     process.join()
     assert process.exitcode == 0
     assert_same_result(output, undisturbed)
@@ -232,7 +204,6 @@ def assert_kept(output: Path, undisturbed: Path, steps: int) -> int:
     if checkpoint is None:
         assert steps == -1
         return steps
-    assert int(checkpoint.name.removeprefix("checkpoint-")) >= steps
     expected = undisturbed / checkpoint.name
     for name in (WEIGHTS, EMA_FILE):
         assert same_tensors(load_file(checkpoint / name), load_file(expected / name)), name
@@ -241,13 +212,13 @@ def assert_kept(output: Path, undisturbed: Path, steps: int) -> int:
     assert all(same_tensors(moments[number], expected_moments[number]) for number in moments)
     found, wanted = (TrainerState.load_from_json(folder / "trainer_state.json") for folder in (checkpoint, expected))
     assert (found.global_step, found.best_metric) == (wanted.global_step, wanted.best_metric)
+    assert found.global_step >= steps
     return found.global_step
 
 
 def assert_same_result(output: Path, undisturbed: Path) -> None:
     assert same_tensors(load_file(output / WEIGHTS), load_file(undisturbed / WEIGHTS))
-    latest = latest_complete_checkpoint(output)
-    assert latest.name == latest_complete_checkpoint(undisturbed).name
+    assert latest_complete_checkpoint(output).name == latest_complete_checkpoint(undisturbed).name
     assert_kept(output, undisturbed, 0)
     # Two and the best, and no unfinished file.
     assert 2 <= len(list(output.glob("checkpoint-*"))) <= 3
@@ -262,23 +233,15 @@ def assert_same_result(output: Path, undisturbed: Path) -> None:
     [
         # The checkpoints at the ends of epochs are saved before their evaluation.
         pytest.param({"eval_strategy": "epoch", "max_steps": 8}, id="evaluation after saving"),
-        pytest.param({}, id="steps", marks=pytest.mark.slow),
-        pytest.param(
-            {"gradient_accumulation_steps": 4, "max_steps": 5, "save_steps": 1},
-            id="accumulation",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"eval_on_start": True, "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.5},
-            id="epochs",
-            marks=pytest.mark.slow,
-        ),
+        slow({}, id="steps"),
+        slow({"gradient_accumulation_steps": 4, "max_steps": 5, "save_steps": 1}, id="accumulation"),
+        slow({"eval_on_start": True, "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.5}, id="epochs"),
     ],
 )
 def test_every_checkpoint_leads_to_the_same_weights(arguments, tmp_path):
     undisturbed = tiny_trainer(tmp_path / "undisturbed", Recipe(ema_decay=0.9), **arguments)
     undisturbed.train()
-    found = sorted((tmp_path / "undisturbed").glob("checkpoint-*"))
+    found = list((tmp_path / "undisturbed").glob("checkpoint-*"))
     assert len(found) >= 2
     for checkpoint in found:
         output = tmp_path / f"from-{checkpoint.name}"

@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.tiny_training import tiny_pictures
-from helpers.train_command import CONFIG, SIDE, SMALL, command, sentence, train
+from helpers.tiny_training import same_tensors, tiny_dart, tiny_pictures, tiny_processor
+from helpers.train_command import CONFIG, SIDE, command, sentence, train
 from PIL import Image
 from safetensors.torch import load_file
 
-from dart_hf import DartConfig, DartForImageClassification, DartImageProcessor
 from dart_hf.data import load_image_data, select_held_out
 from dart_hf.hub.loading import load_model
 from dart_hf.training import DartTrainer
-from dart_hf.training.run import run_training
-from dart_hf.training.settings import parse_settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_image_classification.py"
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return same_tensors(*(load_file(folder / "model.safetensors") for folder in (one, other)))
+
+
+def modification_times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -57,49 +57,24 @@ def unfinished(trained, tmp_path, monkeypatch) -> Path:
 
 
 def test_output_is_a_model_with_everything(trained):
-    out = trained / "out"
+    out, last = trained / "out", trained / "out" / "checkpoint-2"
     model, processor = load_model(out)
     facts = json.loads((out / "training.json").read_text())
-    assert model.config.id2label == {0: "0", 1: "1", 2: "2"}
-    assert processor.crop_size.height == SIDE
+    assert model.config.id2label == {0: "0", 1: "1", 2: "2"} and processor.crop_size.height == SIDE
     assert (out / "modeling_dart.py").is_file()
-    assert facts["data"]["num_train_images"] == 9
-    assert facts["data"]["evaluation_split"] is None
-    assert facts["steps"] == 2
-    assert not list(out.glob(".*unfinished*"))
-    assert len(list(out.glob("checkpoint-*"))) == 2
-
-
-def test_average_that_was_evaluated_is_saved(trained):
-    last = trained / "out" / "checkpoint-2"
-    saved, average, raw = (load_file(path) for path in (
-        trained / "out" / "model.safetensors", last / "ema.safetensors", last / "model.safetensors"
-    ))  # fmt: skip
-    assert all(torch.equal(saved[name], average[name]) for name in saved)
-    assert not torch.equal(saved["classifier.weight"], raw["classifier.weight"])
+    assert (facts["data"]["num_train_images"], facts["data"]["evaluation_split"], facts["steps"]) == (9, None, 2)
+    assert not list(out.glob(".*unfinished*")) and len(list(out.glob("checkpoint-*"))) == 2
+    # The average that was evaluated is saved.
+    paths = (out / "model.safetensors", last / "ema.safetensors", last / "model.safetensors")
+    saved, average, raw = map(load_file, paths)
+    assert same_tensors(saved, average) and not torch.equal(saved["classifier.weight"], raw["classifier.weight"])
 
 
 def test_command_reports_its_data_and_output(few, config, tmp_path):
     result = command("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 2)
-    assert result.exit_code == 0
     assert result.stdout.splitlines()[0].split() == ["class", "train", "held", "out"]
     assert "3 classes: 10 images to learn from, 2 images to evaluate (held out of them)" in result.stdout
     assert f"Wrote {tmp_path / 'out'}" in result.stdout
-
-
-def test_resumed_run_ends_with_the_same_weights(few, config, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train("--data", few, "--config", config, "--save-strategy", "steps", "--save-steps", 2, "--ema-decay", 0.9,
-          "--per-device-train-batch-size", 4, "--drop-path-rate", 0.2, "--horizontal-flip", 0.5, "--mixup", 0.5,
-          "--repeated-augmentation", 2, "--save-total-limit", 10, "--output", whole,
-          "--num-train-epochs", 4)  # fmt: skip
-    # As if killed in the third epoch of three steps each, while it wrote checkpoint-8.
-    shutil.copytree(whole / "checkpoint-6", broken / "checkpoint-6")
-    shutil.copy(whole / "train_settings.json", broken)
-    (broken / "checkpoint-8").mkdir()
-    (broken / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
-    train("--output", broken, "--resume")
-    assert same_weights(whole, broken)
 
 
 def test_resume_without_a_run(tmp_path):
@@ -107,25 +82,14 @@ def test_resume_without_a_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_in_use_stays_unchanged(trained, few, config):
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    message = sentence(command("--config", config, "--data", few, "--output", trained / "out"))
-    assert "is not empty; give a new one" in message
-    assert before == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-
-
-def test_checkpoints_of_another_program_stay(few, config, tmp_path):
+def test_folder_in_use_stays_unchanged(trained, few, config, tmp_path):
+    # The second holds a checkpoint of another program.
     (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
-    arguments = ["--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1]
-    assert "is not empty; give a new one" in sentence(command(*arguments))
-    assert (tmp_path / "out" / "checkpoint-7").exists()
-
-
-def test_mistake_leaves_no_folder(few, config, tmp_path):
-    arguments = ["--data", few, "--output", tmp_path / "out", "--max-steps", 1]
-    assert "Give either model" in sentence(command(*arguments))
-    assert not (tmp_path / "out").exists()
-    train(*arguments, "--config", config)
+    for root in (trained, tmp_path):
+        before = modification_times(root)
+        message = sentence(command("--config", config, "--data", few, "--output", root / "out", "--max-steps", 1))
+        assert "is not empty; give a new one" in message
+        assert modification_times(root) == before
 
 
 def test_resumed_stream_ends_with_the_same_weights(few, config, tmp_path):
@@ -133,8 +97,7 @@ def test_resumed_stream_ends_with_the_same_weights(few, config, tmp_path):
     assert "streaming: a stream has no length" in sentence(command(*arguments, "--output", tmp_path / "out"))
     arguments += ["--max-steps", 8, "--save-strategy", "steps", "--save-steps", 5, "--horizontal-flip", 0.5]
     facts = train(*arguments, "--output", tmp_path / "whole")
-    assert facts["steps"] == 8
-    assert facts["data"]["num_train_images"] is None
+    assert (facts["steps"], facts["data"]["num_train_images"]) == (8, None)
     # Step 5 is in the second pass over twelve pictures.
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(tmp_path / "broken" / "checkpoint-8")
@@ -150,10 +113,10 @@ def test_resume_refuses_settings_of_the_model(trained, change):
 
 
 def test_same_command_with_resume(few, digits_model, tmp_path, monkeypatch):
-    """Also where something is called as a download is, and with names that are relative to where the user is."""
+    """Also where a folder has the name of a download, and with names that are relative to where the user is."""
     monkeypatch.chdir(tmp_path)
-    for name, source in (("photos", few), ("start", digits_model)):
-        shutil.copytree(source, name)
+    shutil.copytree(few, "photos")
+    shutil.copytree(digits_model, "start")
     Path("imagenet").mkdir()
     arguments = ["--data", "photos", "--model", "start", "--scorer-weights", "imagenet", "--max-steps", 2]
     arguments += ["--save-strategy", "steps", "--save-steps", 1, "--output", "out", "--disable-tqdm", True]
@@ -161,10 +124,8 @@ def test_same_command_with_resume(few, digits_model, tmp_path, monkeypatch):
     before = load_file("out/model.safetensors")
     shutil.rmtree("out/checkpoint-2")
     facts = train(*arguments, "--resume")
-    after = load_file("out/model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert facts["settings"]["scorer_weights"] == "imagenet"
-    assert facts["started_from"] == str(tmp_path / "start")
+    assert same_tensors(load_file("out/model.safetensors"), before)
+    assert (facts["settings"]["scorer_weights"], facts["started_from"]) == ("imagenet", str(tmp_path / "start"))
     assert "cannot change" in sentence(command(*arguments, "--resume", "--model", few))
 
 
@@ -180,6 +141,7 @@ def test_run_that_lost_its_checkpoints_does_not_begin_again(trained, tmp_path, l
     ("arguments", "message"),
     [
         (["--max-steps", 0], "There is nothing to train"),
+        (["--model", "x"], "Give either model"),
         (["--gradient-accumulation-steps", 0], "gradient_accumulation_steps must be at least 1"),
         (["--reference-batch-size", 0], "reference_batch_size must be at least 1"),
         (["--output-dir", "elsewhere"], "Use --output instead of --output-dir"),
@@ -188,7 +150,7 @@ def test_run_that_lost_its_checkpoints_does_not_begin_again(trained, tmp_path, l
         (["--remove-unused-columns"], "remove_unused_columns=True would remove the images"),
     ],
 )
-def test_values_out_of_range(few, config, tmp_path, arguments, message):
+def test_mistake_leaves_no_folder(few, config, tmp_path, arguments, message):
     base = ["--config", config, "--data", few, "--output", tmp_path / "out"]
     assert message in sentence(command(*base, *arguments))
     assert not (tmp_path / "out").exists()
@@ -202,19 +164,15 @@ def test_settings_in_yaml_as_people_write_them(few, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_example_trains_exactly_as_the_command(few, config, tmp_path, monkeypatch):
+def test_example_trains_exactly_as_the_command(few, tmp_path, monkeypatch):
+    start = tiny_dart(id2label={0: "0", 1: "1", 2: "2"}, label2id={"0": 0, "1": 1, "2": 2})
+    start.save_pretrained(tmp_path / "start")
+    tiny_processor().save_pretrained(tmp_path / "start")
     arguments = [
         "--data", few, "--num-train-epochs", 2, "--per-device-train-batch-size", 4, "--mixup", 0.8,
         "--label-smoothing-factor", 0.1, "--ema-decay", 0.9, "--layer-decay", 0.8, "--auto-augment",
-        "rand-m9-mstd0.5-inc1", "--num-patches", 9,
+        "rand-m9-mstd0.5-inc1", "--num-patches", 9, "--model", tmp_path / "start",
     ]  # fmt: skip
-    torch.manual_seed(0)
-    start = DartForImageClassification(
-        DartConfig(**SMALL, image_size=SIDE, id2label={0: "0", 1: "1", 2: "2"}, label2id={"0": 0, "1": 1, "2": 2})
-    )
-    start.save_pretrained(tmp_path / "start")
-    DartImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(tmp_path / "start")
-    arguments += ["--model", tmp_path / "start"]
     train(*arguments, "--output", tmp_path / "command")
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), "--output", str(tmp_path / "example")])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
@@ -229,8 +187,7 @@ def test_example_trains_exactly_as_the_command(few, config, tmp_path, monkeypatc
 @pytest.fixture
 def damaged(few, tmp_path) -> Path:
     shutil.copytree(few, tmp_path / "damaged")
-    victim = sorted((tmp_path / "damaged" / "1").iterdir())[0]
-    victim.write_bytes(victim.read_bytes()[:60])
+    (tmp_path / "damaged" / "1" / "1.png").write_bytes((few / "1" / "1.png").read_bytes()[:60])
     return tmp_path / "damaged"
 
 
@@ -238,8 +195,7 @@ def test_damaged_images_in_a_stream_and_in_a_whole_batch(damaged, config, tmp_pa
     arguments = ["--config", config, "--data", damaged, "--eval-strategy", "no", "--max-steps", 12]
     arguments += ["--per-device-train-batch-size", 1, "--skip-unreadable", "--held-out", 0]
     for name, more in (("stream", ["--streaming"]), ("mixed", ["--mixup", 0.5]), ("plain", [])):
-        facts = train(*arguments, *more, "--output", tmp_path / name)
-        assert facts["skipped_images"] == 1
+        assert train(*arguments, *more, "--output", tmp_path / name)["skipped_images"] == 1
         assert load_file(tmp_path / name / "model.safetensors")["classifier.weight"].isfinite().all()
 
 
@@ -250,8 +206,7 @@ def test_damaged_image_in_the_middle_of_an_epoch(damaged, config, tmp_path, work
     assert "cannot be read" in sentence(command(*arguments))
     shutil.rmtree(tmp_path / "out")
     result = command(*arguments, "--skip-unreadable")
-    assert result.exit_code == 0
-    assert "Images that could not be read were skipped 1 times" in result.stdout
+    assert result.exit_code == 0 and "Images that could not be read were skipped 1 times" in result.stdout
     assert json.loads((tmp_path / "out" / "training.json").read_text())["skipped_images"] == 1
 
 
@@ -284,12 +239,10 @@ def test_settings_reach_the_trainer(few, digits_model, tmp_path, monkeypatch):
 # What a run records, and what it compares -------------------------------------------------------------------------
 
 
-def test_resume_takes_data_that_only_moved(unfinished):
-    train("--output", "out", "--resume")
-    assert (unfinished / "out" / "config.json").exists()
-
-
-def test_resume_refuses_renamed_classes(unfinished):
+def test_resume_takes_data_that_only_moved_but_no_renamed_classes(unfinished):
+    shutil.copytree("out", "moved")
+    train("--output", "moved", "--resume")
+    assert (unfinished / "moved" / "config.json").exists()
     (unfinished / "photos" / "2").rename(unfinished / "photos" / "7")
     assert "the data has the classes '0', '1', '7', and the training began with '0', '1', '2'" in sentence(
         command("--output", "out", "--resume")
@@ -310,11 +263,10 @@ def test_resume_refuses_changed_images(unfinished, change):
 
 
 def test_resume_of_a_complete_run_says_so_and_changes_nothing(trained):
-    before = {path: path.stat().st_mtime_ns for path in (trained / "out").rglob("*")}
+    before = modification_times(trained)
     result = command("--output", trained / "out", "--resume")
-    assert result.exit_code == 0
-    assert "is complete after 2 steps" in result.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (trained / "out").rglob("*")}
+    assert result.exit_code == 0 and "is complete after 2 steps" in result.stdout
+    assert modification_times(trained) == before
 
 
 def test_more_steps_train_a_complete_run_on(trained, tmp_path):
@@ -341,8 +293,8 @@ def test_tasks_with_several_labels_and_with_numbers(labels, problem_type, first_
     rows = [{"image": row["image"], "label": labels[row["label"]]} for row in tiny_pictures(12)]
     data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     data.to_parquet(tmp_path / "data.parquet")
-    result = command("--config", config, "--data", tmp_path / "data.parquet", "--output", tmp_path / "out",
-                     "--max-steps", 2, "--held-out", 0.5)  # fmt: skip
+    arguments = ["--config", config, "--data", tmp_path / "data.parquet", "--output", tmp_path / "out"]
+    result = command(*arguments, "--max-steps", 2, "--held-out", 0.5)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert any(line.startswith(first_line) for line in lines) and lines[-1].startswith(last_line)
@@ -356,22 +308,10 @@ def test_ctrl_c_says_how_to_resume(few, config, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(DartTrainer, "training_step", interrupt)
-    lines = []
+    lines, output = [], tmp_path / "my out"
     with pytest.raises(KeyboardInterrupt):
-        run_training(
-            parse_settings(
-                [str(each) for each in ("--config", config, "--data", few, "--output", tmp_path / "my out")]
-            ),
-            say=lines.append,
-        )
-    assert lines[-1].endswith(f"dart-hf train --output '{tmp_path / 'my out'}' --resume")
-
-
-@pytest.mark.parametrize("flag", ["--bf16-full-eval", "--fp16-full-eval"])
-def test_evaluation_in_half_precision_saves_full_weights(flag, few, config, tmp_path):
-    train("--config", config, "--data", few, "--output", tmp_path / "out", "--max-steps", 1, "--use-cpu", flag)
-    saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()} == {torch.float32}
+        train("--config", config, "--data", few, "--output", output, say=lines.append)
+    assert lines[-1].endswith(f"dart-hf train --output '{output}' --resume")
 
 
 @pytest.mark.parametrize("damage", ["cut", "float"])

@@ -13,12 +13,9 @@ def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("data: x\nlearning_rate: 5e-4\nmixup: 0.8\nmodel_settings: {scorer: conv}\nclass-names: [a, b]\n")
     settings = parse_settings(["--config", str(path), "--output", "out", "--mixup", "0.2", "--num-train-epochs", "3"])
-    assert settings.trainer.learning_rate == 5e-4
-    assert settings.recipe.mixup == 0.2
-    assert settings.trainer.num_train_epochs == 3
-    assert settings.trainer.weight_decay == 0.05
-    assert settings.trainer.output_dir == "out"
-    assert settings.data.class_names == ["a", "b"]
+    trainer = settings.trainer
+    assert (trainer.learning_rate, trainer.num_train_epochs, trainer.weight_decay) == (5e-4, 3, 0.05)
+    assert (settings.recipe.mixup, trainer.output_dir, settings.data.class_names) == (0.2, "out", ["a", "b"])
     assert json.loads(settings.model.model_settings) == {"scorer": "conv"}
     assert settings.given == {
         "data": "x", "learning_rate": 5e-4, "mixup": 0.2, "model_settings": '{"scorer": "conv"}',
@@ -32,7 +29,6 @@ def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path):
         (["--output", "out"], "required: --data"),
         (["--data", "x"], "required: --output"),
         (["--data", "x", "--output", "out", "--nonsense", "1"], "--nonsense"),
-        (["--data", "x", "--output", "out", "--mixup", "much"], "invalid float value: 'much'"),
         (["--data", "x", "--output", "out", "--preset", "huge"], "--preset: invalid choice: 'huge'"),
         (["--data", "x", "--output", "out", "--config", "gone.yaml"], "config: there is no file 'gone.yaml'"),
     ],

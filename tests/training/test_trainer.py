@@ -7,6 +7,7 @@ import torch
 from helpers.tiny_training import (
     NUM_LABELS,
     same_tensors,
+    still_dart,
     tiny_arguments,
     tiny_dart,
     tiny_pictures,
@@ -56,33 +57,29 @@ def losses(trainer):
 def test_training_lowers_the_loss(trained):
     *_, trainer = trained
     values = losses(trainer)
-    assert len(values) == 8
-    assert values[0] > 2.2
+    assert len(values) == 8 and values[0] > 2.2
     assert values[-1] < 0.85 * values[0]
     assert trainer.evaluate()["eval_accuracy"] > 0.2
 
 
-def test_training_moves_every_parameter_of_the_scorer(trained, digits):
+def test_training_moves_the_scorer_and_the_regions(trained, digits):
     before, after, trainer = trained
+    batch = trainer.data_collator([digits[1][row] for row in range(8)])
+    with torch.no_grad():
+        old, new = (
+            model.eval()(batch["pixel_values"], output_regions=True).regions.strip_edges for model in (before, after)
+        )
+    assert (old - new).abs().max() > 1
     started = dict(before.scorer.named_parameters())
     after.zero_grad()
-    after.train()(**trainer.data_collator([digits[0][row] for row in range(8)])).loss.backward()
+    after.train()(**batch).loss.backward()
     for name, parameter in after.scorer.named_parameters():
         # The standardisation of scores takes out whatever the last bias adds.
         if name != "head.fc2.bias":
             moved = (parameter - started[name]).norm() / started[name].norm().clamp(min=1e-3)
-            assert moved > 0.005, name
             # The loss moves it, not only the decay.
-            assert parameter.grad.abs().max() > 0, name
+            assert moved > 0.005 and parameter.grad.abs().max() > 0, name
     after.eval()
-
-
-def test_training_changes_the_regions(trained, digits):
-    before, after, trainer = trained
-    pixel_values = trainer.data_collator([digits[1][row] for row in range(8)])["pixel_values"]
-    with torch.no_grad():
-        old, new = (model.eval()(pixel_values, output_regions=True).regions for model in (before, after))
-    assert (old.strip_edges - new.strip_edges).abs().max() > 1
 
 
 def test_seed_decides_the_training(tmp_path):
@@ -106,9 +103,8 @@ def test_no_other_setting_is_needed(tmp_path):
     trainer.train()
     assert trainer.evaluate().keys() >= {"eval_loss", "eval_accuracy"}
     trainer.save_model()
-    assert same_tensors(
-        DartForImageClassification.from_pretrained(tmp_path).state_dict(), trainer.model.cpu().state_dict()
-    )
+    saved = DartForImageClassification.from_pretrained(tmp_path)
+    assert same_tensors(saved.state_dict(), trainer.model.cpu().state_dict())
 
 
 def test_stock_trainer_with_our_collator_trains(tmp_path):
@@ -160,16 +156,13 @@ def test_epochs_reach_the_augmentation(tmp_path):
 
 @pytest.mark.parametrize("mixed", [True, False])
 def test_accumulated_steps_equal_whole_batches(mixed, tmp_path):
+    # Plain steps, which show the scale of a gradient.
+    plain = {"optim": "sgd", "max_grad_norm": 0, "max_steps": 2, "save_strategy": "no", "eval_strategy": "no"}
+    plain["label_smoothing_factor"] = 0.1 if mixed else 0.0
+
     def train(batch_size, accumulation):
-        # Plain steps, which show the scale of a gradient. A scorer in training depends on the batches.
-        model = tiny_dart(partition="uniform", hidden_dropout_prob=0.0, drop_path_rate=0.0)
-        arguments = tiny_arguments(
-            tmp_path, optim="sgd", max_grad_norm=0, max_steps=2, save_strategy="no", eval_strategy="no",
-            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-            label_smoothing_factor=0.1 if mixed else 0.0,
-        )  # fmt: skip
-        rows = tiny_pictures(12)
-        trainer = DartTrainer(model, arguments, train_dataset=rows, processing_class=tiny_processor())
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        trainer = tiny_trainer(tmp_path, model=still_dart(), rows=tiny_pictures(12), **plain, **sizes)
         trainer.train()
         return trainer.model.state_dict()
 
@@ -189,10 +182,7 @@ def test_accumulated_steps_equal_whole_batches(mixed, tmp_path):
 def test_loss_and_metrics_follow_the_problem_type(problem_type, labels, metric, tmp_path):
     model = tiny_dart(problem_type=problem_type)
     rows = [{**row, "label": labels[row["label"]]} for row in tiny_pictures(22)]
-    arguments = tiny_arguments(tmp_path, max_steps=20, save_strategy="no", eval_strategy="no")
-    trainer = DartTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows[:6], processing_class=tiny_processor()
-    )
+    trainer = tiny_trainer(tmp_path, model=model, rows=rows, save_strategy="no", eval_strategy="no")
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -204,53 +194,42 @@ def test_loss_and_metrics_follow_the_problem_type(problem_type, labels, metric, 
         assert after["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
-def test_evaluation_in_half_precision_keeps_the_weights(setting, tmp_path):
+@pytest.mark.parametrize(("setting", "half"), [("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)])
+def test_evaluation_in_half_precision_keeps_the_weights(setting, half, tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1, eval_strategy="no", **{setting: True})
     trainer.train()
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    seen = []
+    before, seen = copy.deepcopy(trainer.model.state_dict()), []
     trainer.model.classifier.register_forward_hook(lambda module, *_: seen.append(module.weight.dtype))
     trainer.evaluate()
     trainer.predict(tiny_pictures(3))
-    half = torch.bfloat16 if setting == "bf16_full_eval" else torch.float16
     assert seen == [half, half]
-    assert same_tensors(trainer.model.state_dict(), before)
-    assert trainer.model.dtype == torch.float32
+    assert same_tensors(trainer.model.state_dict(), before) and trainer.model.dtype == torch.float32
 
 
 def test_mistakes_are_found_before_the_training(tmp_path):
-    arguments = tiny_arguments(tmp_path)
-    rows = tiny_pictures(3)
+    arguments, rows = tiny_arguments(tmp_path), tiny_pictures(3)
     with pytest.raises(ValueError, match="needs the model's image processor as processing_class, got NoneType"):
         DartTrainer(tiny_dart(), arguments, train_dataset=rows, eval_dataset=rows)
     with pytest.raises(ValueError, match="random_erasing must be from 0 to 1, got 2"):
         tiny_trainer(tmp_path, Recipe(random_erasing=2))
-    dead = DartForImageClassification(DartConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(ValueError, match="scorer"):
-        DartTrainer(dead, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tiny_processor())
+        tiny_trainer(tmp_path, model=tiny_dart(scorer=DartConfig().scorer, image_size=SIDE))
     several = tiny_dart(problem_type="multi_label_classification")
-    smooth = tiny_arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="label smoothing need one class for each image"):
-        DartTrainer(several, smooth, train_dataset=rows, eval_dataset=rows, processing_class=tiny_processor())
+        tiny_trainer(tmp_path, model=several, label_smoothing_factor=0.1)
+    several.config.problem_type = "ranking"
     with pytest.raises(ValueError, match=r"problem_type must be one of .*, got 'ranking'"):
-        odd = tiny_dart()
-        odd.config.problem_type = "ranking"
-        DartTrainer(odd, arguments, eval_dataset=rows, data_collator=list)
-
-
-def test_label_out_of_range_stops_the_training(tmp_path):
+        DartTrainer(several, arguments, eval_dataset=rows, data_collator=list)
     trainer = tiny_trainer(tmp_path, eval_strategy="no")
     trainer.train_dataset.rows[0]["label"] = 3
     with pytest.raises(ValueError, match="out of range: the model has 3 classes, so labels go from 0 to 2"):
         trainer.train()
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("batch_size", 0)])
-def test_train_classifier_checks_its_arguments(tmp_path, name, value):
-    arguments = {"steps": 1, "batch_size": 1, name: value}
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_train_classifier_needs_positive_numbers(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        train_classifier(tiny_dart(), tiny_processor(), None, None, tmp_path, **arguments)
+        train_classifier(None, None, None, None, tmp_path, **{"steps": 1, "batch_size": 1, name: 0})
 
 
 def test_bar_shows_the_loss_and_prints_no_dicts(tmp_path, capfd):
@@ -267,6 +246,6 @@ def test_log_file_gets_few_lines(tmp_path, capfd):
     trainer = tiny_trainer(tmp_path, max_steps=30, logging_steps=1, eval_steps=1, save_strategy="no")
     trainer.show_progress(LossLines())
     trainer.train()
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line for line in lines if "loss" in line][-1].startswith("step 30 of 30: loss ")
-    assert len([line for line in lines if "loss" in line]) == len([line for line in lines if "accuracy" in line]) == 10
+    lines = capfd.readouterr().err.splitlines()
+    training, evaluation = ([line for line in lines if word in line] for word in (": loss ", ": accuracy "))
+    assert len(training) == len(evaluation) == 10 and training[-1].startswith("step 30 of 30: loss ")
