@@ -174,16 +174,6 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """A line of the log. The status is None if the connection was dropped."""
-
-    where: str
-    path: str
-    token: str | None
-    status: int | None
-
-
 def as_json(value: object, status: int = 200) -> Answer:
     return Answer(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
@@ -209,13 +199,6 @@ def as_content(request: Request, blob: Blob, headers: Mapping[str, str]) -> Answ
     return Answer(blob.content[start : end + 1], 206, {**headers, "Content-Range": f"bytes {start}-{end}/{size}"})
 
 
-def as_entry(path: str, blob: Blob) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.content)}
-    if blob.is_lfs:
-        entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 100}
-    return entry
-
-
 # --- the API: a name for each request, and a method of that name ------------------------------------------------------
 
 NAME = r"(?P<name>(?:datasets/)?[^/]+(?:/[^/]+)?)"
@@ -229,7 +212,6 @@ ROUTES = [
     ("POST", rf"{API}/preupload/{REVISION}", "preupload"),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", r"/lfs/(?P<sha256>\w+)", "lfs_upload"),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/verify", "lfs_verify"),
     ("POST", rf"{API}/commit/{REVISION}", "commit"),
     ("POST", rf"{API}/branch/(?P<branch>[^/]+)", "branch"),
     ("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.*))?", "tree"),
@@ -308,23 +290,18 @@ class Api:
 
     def preupload(self, request: Request, name: str, revision: str) -> Answer:
         there = self._writable(request, name).find(revision).files
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if is_lfs(file["path"]) else "regular",
-                "shouldIgnore": False,
-                "oid": there[file["path"]].oid if file["path"] in there else None,
-            }
-            for file in request.json()["files"]
-        ]
+        files = []
+        for path in (file["path"] for file in request.json()["files"]):
+            oid = there[path].oid if path in there else None
+            mode = "lfs" if is_lfs(path) else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return as_json({"files": files})
 
     def lfs_batch(self, request: Request, name: str) -> Answer:
         self._writable(request, name, as_guest=True)
-        verify = {"href": f"{self.address}/{name}.git/info/lfs/objects/verify"}
         objects = []
         for file in request.json()["objects"]:
-            actions = {"upload": {"href": f"{self.lfs_address}/lfs/{file['oid']}"}, "verify": verify}
+            actions = {"upload": {"href": f"{self.lfs_address}/lfs/{file['oid']}"}}
             objects.append(file if file["oid"] in self.lfs else {**file, "actions": actions})
         return as_json({"transfer": "basic", "objects": objects})
 
@@ -333,13 +310,6 @@ class Api:
             raise Refusal(400, "The content does not have the announced SHA-256.")
         self.lfs[sha256] = request.body
         return Answer(headers={"ETag": f'"{sha256}"'})
-
-    def lfs_verify(self, request: Request, name: str) -> Answer:
-        self._writable(request, name, as_guest=True)
-        asked = request.json()
-        if len(self.lfs_blob(asked["oid"]).content) != asked["size"]:
-            raise Refusal(400, "The object has another size.")
-        return as_json({})
 
     def commit(self, request: Request, name: str, revision: str) -> Answer:
         repository = self._writable(request, name)
@@ -378,25 +348,18 @@ class Api:
         entries = [{"type": "directory", "path": each, "oid": "0" * 40, "size": 0} for each in sorted(folders)]
         for file, blob in inside.items():
             if recursive or "/" not in file.removeprefix(folder):
-                entries.append(as_entry(file, blob))
+                entries.append({"type": "file", "path": file, "oid": blob.oid, "size": len(blob.content)})
+                if blob.is_lfs:
+                    entries[-1]["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 100}
         return as_json(entries)
 
     def info(self, request: Request, name: str, revision: str | None) -> Answer:
         repository = self._readable(request, name)
         commit = repository.find(revision or "main")
-        about = {
-            "id": name.removeprefix("datasets/"),
-            "author": repository.owner,
-            "sha": commit.id,
-            "private": repository.private,
-            "gated": False,
-            "disabled": False,
-            "createdAt": DATE,
-            "lastModified": DATE,
-            "siblings": [{"rfilename": path} for path in commit.files],
-            "tags": [],
-        }
-        return as_json(about)
+        about = {"id": name.removeprefix("datasets/"), "author": repository.owner, "sha": commit.id}
+        about |= {"private": repository.private, "gated": False, "disabled": False, "tags": []}
+        about |= {"createdAt": DATE, "lastModified": DATE}
+        return as_json({**about, "siblings": [{"rfilename": path} for path in commit.files]})
 
     def resolve_head(self, request: Request, name: str, revision: str, path: str) -> Answer:
         return self.resolve(request, name, revision, path)
@@ -460,17 +423,11 @@ class Fault:
 
 
 class HubServer:
-    """A Hub at `hub.address` inside the `with` block; the module's docstring shows its use.
-
-    Args:
-        requests: The log, in the order of the answers.
-        stalled: Set when a request arrives that is not answered.
-    """
+    """A Hub at `hub.address` inside the `with` block; the module's docstring shows its use."""
 
     def __init__(self) -> None:
-        self.requests: list[Exchange] = []
         self.stalled = threading.Event()
-        self._closing = threading.Event()
+        self.closing = threading.Event()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -483,7 +440,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -495,39 +452,28 @@ class HubServer:
             for name, value in os.environ.items()
             if not name.startswith(foreign) and not name.lower().endswith("_proxy")
         }
-        environment |= {
-            "HF_ENDPOINT": self.address,
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
+        environment |= {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        environment |= {f"HF_HUB_DISABLE_{name}": "1" for name in ("XET", "TELEMETRY", "PROGRESS_BARS")}
+        environment["NO_PROXY"] = "127.0.0.1,localhost"
         return environment | ({"HF_TOKEN": token} if token else {})
 
     def run(
-        self, command: Sequence[str | Path], home: Path, token: str | None = None, timeout: float = 300
+        self, command: Sequence[str | Path], home: Path, token: str | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in that environment, and keep what it prints."""
         environment = self.environment(home, token)
-        return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
 
     @contextmanager
     def conversation(self, code: str, home: Path, token: str | None = None) -> Iterator[Callable[[str], str]]:
         """Run Python code that answers lines with lines, so that several tests share one slow start."""
-        with subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=self.environment(home, token),
-            cwd=home,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        ) as process:
+        command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        environment = self.environment(home, token)
+        with subprocess.Popen(command, env=environment, cwd=home, stdin=pipe, stdout=pipe, text=True) as process:
 
             def ask(line: str) -> str:
                 process.stdin.write(f"{line}\n")
+                process.stdin.flush()
                 return process.stdout.readline().strip()
 
             yield ask
@@ -561,10 +507,6 @@ class HubServer:
         with self._lock:
             self._faults.clear()
 
-    def seen(self, where: str) -> list[Exchange]:
-        """Return the requests of a kind."""
-        return [exchange for exchange in self.requests if exchange.where == where]
-
     def take_fault(self, where: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self._faults:
@@ -580,9 +522,6 @@ class HubServer:
                 return getattr(self.api, where)(request, **parts)
             except Refusal as refusal:
                 return as_refusal(refusal)
-
-    def wait_for_end(self) -> None:
-        self._closing.wait()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -602,19 +541,12 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         where, parts = self._route(url.path)
         fault = self.hub.take_fault(where, url.path)
-
-        def log(status: int | None) -> None:
-            token = Request(self.command, query, self.headers, b"").token
-            self.hub.requests.append(Exchange(where, url.path, token, status))
-
         if fault and fault.how in ("drop request", "stall"):
             self.rfile.read(fault.after_bytes)
-            log(None)
             if fault.how == "stall":
                 self.hub.stalled.set()
-                self.hub.wait_for_end()
+                self.hub.closing.wait()
             self._drop()
-
         request = Request(self.command, query, self.headers, self._body())
         if where == "unknown":
             answer = as_refusal(Refusal(404, f"This Hub knows no {self.command} {url.path}."))
@@ -623,11 +555,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             answer = self.hub.answer(where, request, parts)
         if fault and fault.how == "drop answer":
-            log(None)
             if fault.after_bytes:
                 self._send(answer, fault.after_bytes)
             self._drop()
-        log(answer.status)
         self._send(answer)
 
     def _route(self, path: str) -> tuple[str, dict[str, str | None]]:
@@ -646,9 +576,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, answer: Answer, size: int | None = None) -> None:
         """Write the answer, or only the first `size` bytes of its body."""
-        head = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
         headers = {**answer.headers, "Content-Length": str(len(answer.body))}
-        head += [f"{name}: {value}" for name, value in headers.items()]
+        head = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}", *map(": ".join, headers.items())]
         body = b"" if self.command == "HEAD" else answer.body[:size]
         self.wfile.write("\r\n".join([*head, "", ""]).encode() + body)
 

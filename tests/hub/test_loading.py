@@ -219,20 +219,20 @@ def test_data_set_that_cannot_be_downloaded_is_explained(
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_vit_of_the_hub_is_converted(hub, dart_hf, tmp_path, library):
+    vit = tmp_path / "vit"
     if library == "transformers":
         size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        ViTModel(ViTConfig(**size)).save_pretrained(tmp_path / "vit")
-        ViTImageProcessor().save_pretrained(tmp_path / "vit")
+        ViTModel(ViTConfig(**size)).save_pretrained(vit)
+        ViTImageProcessor().save_pretrained(vit)
     else:
         size = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-        vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
-        save_for_hf(vit, tmp_path / "vit", model_args=size)
+        save_for_hf(timm.create_model("vit_tiny_patch16_224", num_classes=0, **size), vit, model_args=size)
 
     def convert(name: str) -> list:
         return dart_hf("convert", "--from", "vit", f"user/{name}", "--output", tmp_path / "output")
 
     def check_refused(name: str, reason: str, **fault: object) -> None:
-        hub.add(f"user/{name}", tmp_path / "vit", private=name.startswith("private"))
+        hub.add(f"user/{name}", vit, private=name.startswith("private"))
         if fault:
             hub.fail(**fault, times=100)
         exit_code, printed, complaint = convert(name)

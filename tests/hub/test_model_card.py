@@ -10,15 +10,9 @@ from dart_hf import DartForImageClassification, DartImageProcessor
 from dart_hf.hub.model_card import GENERATED, SHOWN_LABELS, TEMPLATES, make_model_card, merge_cards
 from dart_hf.hub.records import Records
 
+FLOWERS = {"source": "user/flowers", "subset": "small", "train_split": "train", "evaluation_split": "validation"}
 TRAINING = {
-    "data": {
-        "source": "user/flowers",
-        "subset": "small",
-        "train_split": "train",
-        "evaluation_split": "validation",
-        "num_train_images": 900,
-        "num_evaluation_images": 90,
-    },
+    "data": {**FLOWERS, "num_train_images": 900, "num_evaluation_images": 90},
     "started_from": "user/pretrained",
     "settings": {"learning_rate": 0.001, "note": "a|b\nc"},
     "steps": 70,
@@ -160,8 +154,13 @@ def test_incomplete_records_give_no_results(model, training):
     assert card.data.eval_results is None and "None" not in card.text
 
 
-def test_many_labels_are_shortened():
+def test_special_models_are_described(model):
     assert table(make_card(make_model(SHOWN_LABELS + 7)))["Labels"].endswith(f"LABEL_{SHOWN_LABELS - 1} and 7 more")
+    uniform = make_card(make_model(partition="uniform")).text
+    assert "`uniform`" in uniform and "## Score normalisation" not in uniform
+    encoder = make_card(model.dart)
+    assert encoder.data.pipeline_tag == "image-feature-extraction"
+    assert "AutoModelForImageClassification" not in encoder.text and "Labels" not in table(encoder)
 
 
 @pytest.mark.parametrize("rule", ["running", "image", "batch"])
@@ -175,17 +174,6 @@ def test_card_warns_of_predictions_that_depend_on_the_batch(rule):
     if rule == "running":
         model.train()(torch.rand(2, 3, 32, 32))
         assert "There are no such statistics yet" not in make_card(model).text
-
-
-def test_uniform_partition_has_no_score_normalisation():
-    text = make_card(make_model(partition="uniform")).text
-    assert "`uniform`" in text and "## Score normalisation" not in text
-
-
-def test_encoder_has_no_labels(model):
-    card = make_card(model.dart)
-    assert card.data.pipeline_tag == "image-feature-extraction"
-    assert "AutoModelForImageClassification" not in card.text and "Labels" not in table(card)
 
 
 def test_code_on_the_card_runs(model, tmp_path, monkeypatch):
@@ -225,14 +213,12 @@ def test_written_card_keeps_its_text_and_metadata(model):
     }
 
 
-def test_first_written_card_wins(model):
+def test_first_written_card_and_the_given_licence_win(model):
     template = ModelCard(f"---\nlicense: apache-2.0\n---\n# Model\n{TEMPLATES[0]}\n")
     first, second = (ModelCard(f"---\nlicense: {name}\n---\n# {name}\n") for name in ("mit", "bsd"))
     card = merge_cards(make_card(model), [template, first, second])
     assert (card.text, card.data.license) == (first.text, "mit")
-
-
-def test_given_licence_replaces_the_old_one(model):
+    # A given licence replaces the earlier one.
     new = make_card(model, license="apache-2.0")
     for text in (GENERATED, "# Mine"):
         old = ModelCard(f"---\nlicense: other\nlicense_name: mine\n---\n{text}\n")

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,6 @@ from dart_hf.hub import publishing, repository, staging
 from dart_hf.hub.model_card import GENERATED
 
 LABELS = ("cup", "cat", "rocket")
-CLEAN_SCRIPT = Path(__file__).parents[1] / "helpers" / "without_dart_hf.py"
 MODELING = Path(publishing.__file__).parents[2] / "modeling"
 NOTHING = "Nothing was published."
 
@@ -105,11 +103,14 @@ class Client:
         return stdout
 
     def fail(self, folder: Path, *arguments: Any, token: str | None = WRITE_TOKEN) -> str:
-        """Publish, which fails, and return the one line that `dart-hf publish` prints."""
-        exit_code, stdout, stderr = self.call("run", "publish", *arguments, "--model", folder, token=token)
-        assert (exit_code, stdout) == (2, "")
-        (line,) = (line for line in stderr.splitlines() if line.startswith("dart-hf: "))
-        return line
+        """Publish, which fails, and return the one line of the error."""
+        return only_error(*self.call("run", "publish", *arguments, "--model", folder, token=token))
+
+
+def only_error(exit_code: int, stdout: str, stderr: str) -> str:
+    assert (exit_code, stdout) == (2, "")
+    (line,) = (line for line in stderr.splitlines() if line.startswith("dart-hf: "))
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +171,7 @@ def old_model(tmp_path_factory) -> Path:
     """The former contents of a repository: a model in several files, and a file that belongs to no model."""
     folder = save(tmp_path_factory.mktemp("old"), make_model(intermediate_size=48), max_shard_size="10KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    evaluation = {"num_images": 90, "weights_sha256": weights_sha256(folder)}
-    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "evaluation.json").write_text(json.dumps({"num_images": 90, "weights_sha256": weights_sha256(folder)}))
     (folder / "handler.py").write_text("mine = True")
     return folder
 
@@ -183,13 +183,18 @@ def image(tmp_path_factory) -> Path:
     return path
 
 
+def answers_of(model: torch.nn.Module, image: Path) -> dict[str, float]:
+    """The probabilities that the model gives an image file, to compare with."""
+    processor = DartImageProcessor(size=32, crop_size=32)
+    with torch.no_grad():
+        probabilities = model(**processor(str(image), return_tensors="pt")).logits[0].softmax(dim=0)
+    return pytest.approx(dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def expected(folder, image) -> dict[str, float]:
     """The answers of the model in `folder` for `image`."""
-    pixel_values = DartImageProcessor.from_pretrained(folder)(str(image), return_tensors="pt").pixel_values
-    with torch.no_grad():
-        probabilities = DartForImageClassification.from_pretrained(folder)(pixel_values).logits[0].softmax(dim=0)
-    return pytest.approx(dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-6)
+    return answers_of(DartForImageClassification.from_pretrained(folder), image)
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +206,8 @@ def published(hub, client, folder) -> dict[str, bytes]:
     return hub.repository("user/tulips").files()
 
 
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def renamed(published: dict[str, bytes], name: str) -> dict[str, bytes]:
@@ -235,8 +239,7 @@ def test_one_commit_holds_the_model_and_nothing_else(hub, published, folder):
 
 def test_nothing_private_is_published(published, folder):
     for name in ("README.md", "training.json", "evaluation.json", "config.json"):
-        text = published[name].decode()
-        assert not [word for word in (str(folder.parent), "/me", "hf_secret") if word in text]
+        assert not [word for word in (str(folder.parent), "/me", "hf_secret") if word in published[name].decode()]
     training = json.loads(published["training.json"])
     assert training["data"]["source"] == "flowers" and training["settings"] == {"learning_rate": 0.001}
 
@@ -255,27 +258,13 @@ def test_private_sources_are_named_only_in_private_repositories(hub, client, tmp
         assert (secret in files["README.md"], secret in files["training.json"]) == (is_named, is_named)
 
 
-def test_published_model_loads_without_dart_hf(hub, published, folder, tmp_path):
-    done = hub.run([sys.executable, "-P", CLEAN_SCRIPT, "user/tulips", tmp_path / "resaved"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    pixels = torch.linspace(-1, 1, 3 * 32 * 32).sin().view(1, 3, 32, 32)
-    with torch.no_grad():
-        logits = DartForImageClassification.from_pretrained(folder)(pixels).logits[0]
-    assert found["classes"] == ["transformers_modules"] * 3 and not found["dart_hf"]
-    torch.testing.assert_close(torch.tensor(found["logits"]), logits)
-
-
 @pytest.mark.parametrize("model_type", ["dart_vim", "dart_rmt"])
 def test_every_architecture_is_published_with_its_code(hub, client, image, tmp_path, model_type):
     model = make_model(model_type=model_type, score_normalization="image")
-    client.publish(save(tmp_path / "saved", model), f"user/{model_type}")
-    assert f"modeling_{model_type}.py" in hub.repository(f"user/{model_type}").files()
-    found = client.call("classify", f"user/{model_type}", image)
-    processor = DartImageProcessor(size=32, crop_size=32)
-    with torch.no_grad():
-        expected = model(**processor(str(image), return_tensors="pt")).logits[0].softmax(dim=0)
-    assert found == pytest.approx(dict(zip(LABELS, expected.tolist(), strict=True)), abs=1e-4)
+    folder, name = save(tmp_path / "saved", model), f"user/{model_type}"
+    client.publish(folder, name)
+    assert f"modeling_{model_type}.py" in hub.repository(name).files()
+    assert client.call("classify", name, image) == answers_of(model, image)
 
 
 def test_encoder_is_published(hub, client, tmp_path):
@@ -297,13 +286,10 @@ def test_publishing_completes_what_push_to_hub_began(hub, client, published, fol
 # --- where it is published --------------------------------------------------------------------------------------------
 
 
-def test_public_repository_is_not_private(client, folder, published):
-    assert "'user/tulips' is a public repository" in client.fail(folder, "user/tulips", "--private")
-
-
-def test_name_without_owner_belongs_to_the_token(hub, client, plain_folder):
+def test_public_repository_stays_public_and_a_name_without_owner_belongs_to_the_token(hub, client, plain_folder):
     assert "/user/alone" in client.publish(plain_folder, "alone")
     assert b'"user/alone"' in hub.repository("user/alone").files()["README.md"]
+    assert "'user/alone' is a public repository" in client.fail(plain_folder, "user/alone", "--private")
 
 
 def test_branch_is_made_from_main_and_continued(hub, client, folder, old_model, published, image, expected):
@@ -327,15 +313,6 @@ def test_pull_request_holds_the_model(hub, client, folder, published, old_model,
     assert hub.repository(name).find("main") is old
     assert set(hub.repository(name).files("refs/pr/1")) == set(published) | {"handler.py"}
     assert client.call("classify", name, image, "refs/pr/1") == expected
-
-
-def test_new_model_replaces_the_old_one(hub, client, folder, old_model, published):
-    old = hub.add("user/replaced", old_model)
-    client.publish(folder, "user/replaced")
-    repository = hub.repository("user/replaced")
-    assert [commit.id for commit in repository.history()][1] == old.id
-    handler = (old_model / "handler.py").read_bytes()
-    assert repository.files() == {**renamed(published, "replaced"), "handler.py": handler}
 
 
 def test_several_weight_files_become_one(hub, client, old_model, tmp_path):
@@ -449,6 +426,7 @@ MAYBE = "perhaps this one; running this again"
         ("commit", "drop answer", 0, MAYBE, True),
         ("tree", 500, 0, COMPARE, True),
         ("resolve_head", 500, 0, "run this again later", False),
+        ("resolve_head", 403, 0, "", False),
         ("lfs_download", 404, 0, COMPARE, True),
     ],
 )
@@ -496,9 +474,8 @@ def test_fault_in_a_new_repository_leaves_no_file(hub, client, folder, published
     message = client.fail(folder, f"user/{name}", *options)
     hub.mend()
     assert words in message and message.endswith(end)
-    assert f"user/{name}" not in hub.api.repositories or set(hub.repository(f"user/{name}").files()) == {
-        ".gitattributes"
-    }
+    if f"user/{name}" in hub.api.repositories:
+        assert set(hub.repository(f"user/{name}").files()) == {".gitattributes"}
     client.publish(folder, f"user/{name}", *options)
     assert hub.repository(f"user/{name}").files(options[-1] if options else "main") == renamed(published, name)
 
@@ -538,13 +515,6 @@ def test_missing_branch_or_repository_is_refused(hub, client, plain_folder, publ
     assert "user/typo" not in hub.api.repositories and repository.refs == refs
 
 
-def test_card_that_cannot_be_read_is_not_overwritten(hub, client, plain_folder):
-    old = hub.add("user/unread", {"README.md": b"# Mine"})
-    hub.fail("resolve_head", 403)
-    assert client.fail(plain_folder, "user/unread").endswith(NOTHING)
-    assert hub.repository("user/unread").find() is old
-
-
 @pytest.mark.parametrize("where", ["lfs_upload", "commit", "tree"])
 def test_interrupted_publishing_can_be_repeated(hub, client, folder, published, where):
     """Ctrl-C while the Hub does not answer."""
@@ -568,8 +538,7 @@ def test_interrupted_publishing_can_be_repeated(hub, client, folder, published, 
     assert (exit_code, stdout) == (130, "") and "Traceback" not in stderr
     repository = hub.repository(f"user/{name}")
     if where == "tree":
-        commit = repository.find().id
-        assert f"uploaded to 'user/{name}' as commit {commit}, but not compared with the local one" in stderr
+        assert f"uploaded to 'user/{name}' as commit {repository.find().id}, but not compared with" in stderr
     else:
         assert "unknown whether the commit was made; running this again makes it only if it is missing." in stderr
         assert repository.find() is old
@@ -582,10 +551,10 @@ def test_commit_of_somebody_else_is_not_mixed_with(hub, client, folder, publishe
     repository = hub.repository("user/shared")
     preupload = hub_server.Api.preupload
 
-    def commit_meanwhile(api: hub_server.Api, request: hub_server.Request, **parts: str) -> hub_server.Answer:
+    def commit_meanwhile(*arguments: Any, **parts: str) -> hub_server.Answer:
         head = repository.find()
         repository.commit(hub_server.MAIN, Commit({**head.files, "theirs": Blob(b"")}, "Theirs", parent=head.id))
-        return preupload(api, request, **parts)
+        return preupload(*arguments, **parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(hub_server.Api, "preupload", commit_meanwhile)
@@ -631,9 +600,9 @@ def test_changed_file_is_an_error(hub, client, plain_folder, monkeypatch):
 
 
 def fail_offline(folder: Path, name: str, *options: str) -> str:
-    result = CliRunner().invoke(app, ["publish", name, "--model", str(folder), *options], catch_exceptions=False)
-    assert (result.exit_code, result.stdout) == (2, "")
-    return result.stderr.splitlines()[-1]
+    arguments = ["publish", name, "--model", str(folder), *options]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    return only_error(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture
@@ -644,34 +613,35 @@ def online(monkeypatch):
     monkeypatch.setattr(repository, "HfApi", None)
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "user/a b", "datasets/user/model", "user/--"])
-def test_malformed_name_is_refused(online, plain_folder, name):
-    assert f"repo_id must be like 'user/model', got {name!r}" in fail_offline(plain_folder, name)
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("a/b/c", [], "repo_id must be like 'user/model', got 'a/b/c'"),
+        ("user/a b", [], "repo_id must be like"),
+        ("datasets/user/model", [], "repo_id must be like"),
+        ("user/--", [], "repo_id must be like"),
+        ("user/model", ["--revision", "a" * 40], "revision must be a branch, got the commit"),
+        ("user/model", ["--revision", "refs/pr/1", "--create-pr"], "create_pr needs a branch to merge into"),
+    ],
+)
+def test_wrong_name_or_revision_is_refused(online, plain_folder, name, options, words):
+    assert words in fail_offline(plain_folder, name, *options)
 
 
-def test_revision_must_be_a_branch(online, plain_folder):
-    options = ["--revision", "a" * 40]
-    assert "revision must be a branch, got the commit" in fail_offline(plain_folder, "user/model", *options)
-    options = ["--revision", "refs/pr/1", "--create-pr"]
-    assert "create_pr needs a branch to merge into" in fail_offline(plain_folder, "user/model", *options)
-
-
-def test_offline_mode_is_refused(online, plain_folder, monkeypatch):
+def test_missing_folder_and_offline_mode_are_refused(online, plain_folder, tmp_path, monkeypatch):
+    assert "There is no folder" in fail_offline(tmp_path / "none", "user/model")
     monkeypatch.setattr(publishing, "is_offline_mode", lambda: True)
     message = fail_offline(plain_folder, "user/model")
     assert "HF_HUB_OFFLINE is set; unset it" in message and message.endswith(NOTHING)
 
 
-def remove_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["classifier.bias"]
+def change_bias(folder: Path, bias: torch.Tensor | None) -> None:
+    weights = {**load_file(folder / "model.safetensors"), "classifier.bias": bias}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def diverge(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["classifier.bias"].fill_(torch.nan)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+DEAD_SCORER = {"scorer": "squeezenet1_1", "image_size": 64}
 
 
 @pytest.mark.parametrize(
@@ -679,9 +649,9 @@ def diverge(folder: Path) -> None:
     [
         ({}, lambda folder: (folder / "config.json").unlink(), "holds no model"),
         ({}, lambda folder: (folder / "preprocessor_config.json").unlink(), "save the image processor of the model"),
-        ({"scorer": "squeezenet1_1", "image_size": 64}, lambda folder: None, "The scorer is dead"),
-        ({}, remove_a_weight, "missing classifier.bias"),
-        ({}, diverge, "logits are not finite"),
+        (DEAD_SCORER, lambda folder: None, "The scorer is dead"),
+        ({}, lambda folder: change_bias(folder, None), "missing classifier.bias"),
+        ({}, lambda folder: change_bias(folder, torch.full((3,), torch.nan)), "logits are not finite"),
         ({"num_channels": 1}, lambda folder: None, "channels"),
         ({}, lambda folder: (folder / "training.json").write_text("{"), "training.json' is damaged"),
         ({}, lambda folder: (folder / "evaluation.json").write_text("[]"), "evaluation.json' is damaged"),
@@ -699,13 +669,8 @@ def test_unusable_folder_is_refused(online, tmp_path, settings, damage, words):
     assert words in fail_offline(folder, "user/model")
 
 
-def test_missing_folder_is_refused(online, tmp_path):
-    assert "There is no folder" in fail_offline(tmp_path / "none", "user/model")
-
-
 def test_dead_scorer_is_accepted_if_it_is_not_run(tmp_path):
-    settings = {"scorer": "squeezenet1_1", "image_size": 64, "partition": "uniform"}
-    folder = save(tmp_path / "model", make_model(**settings))
+    folder = save(tmp_path / "model", make_model(**DEAD_SCORER, partition="uniform"))
     assert staging.load_publishable(folder)[0].scorer.is_dead
 
 
