@@ -23,6 +23,7 @@ SIDE = 32
 LAYERS = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, "dart_rmt": {"drop_path_rate": 0.0}}
 # Deep enough that some layers can be on disk and others in memory.
 DEEP = {"dart": {"num_hidden_layers": 8}, "dart_vim": {"num_hidden_layers": 8}, "dart_rmt": {"depths": [1, 8]}}
+PARTITIONS = [("dart", "flow"), ("dart", "grid"), ("dart_vim", "flow"), ("dart_vim", "grid"), ("dart_rmt", "grid")]
 
 
 def pixels(count: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -122,10 +123,7 @@ def test_class_token_only_does_not_change_the_logits(model):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-@pytest.mark.parametrize(
-    ("model_type", "partition"),
-    [("dart", "flow"), ("dart", "grid"), ("dart_vim", "flow"), ("dart_vim", "grid"), ("dart_rmt", "grid")],
-)
+@pytest.mark.parametrize(("model_type", "partition"), PARTITIONS)
 def test_logits_are_the_same_alone_and_in_a_batch(model_type, partition, dtype, tolerance):
     images = pixels(7, dtype)
     model = make_model(model_type, partition=partition).to(dtype)
@@ -142,19 +140,14 @@ def gradients(model: RegionPreTrainedModel) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def test_the_loss_reaches_every_parameter(model):
-    for (name, _), gradient in zip(model.train().named_parameters(), gradients(model), strict=True):
-        assert gradient.isfinite().all() and gradient.abs().sum() > 0, name
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(model):
-    expected = gradients(model.train())
-    calls = []
+def test_every_parameter_gets_the_same_gradient_with_and_without_checkpointing(model):
+    expected, calls = gradients(model.train()), []
     for layer in layers(model).values():
         next(layer.children()).register_forward_pre_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable()
-    for plain, checkpointed in zip(expected, gradients(model), strict=True):
-        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
+    for (name, _), plain, found in zip(model.named_parameters(), expected, gradients(model), strict=True):
+        assert plain.isfinite().all() and plain.abs().sum() > 0, name
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     assert len(calls) == 2 * len(layers(model))
 
 
@@ -250,15 +243,19 @@ def test_half_precision_keeps_the_regions(model_type, implementation, dtype, noi
     assert 0 < (found.logits - expected.logits).abs().max() / expected.logits.abs().max() < noise
 
 
-def test_no_value_is_read_on_the_host(model_type):
+@pytest.mark.parametrize("scorer", ["conv", "mobilenet_v3_small"])
+@pytest.mark.parametrize("normalization", ["running", "image", "batch"])
+@pytest.mark.parametrize(("model_type", "partition"), [*PARTITIONS, ("dart", "uniform"), ("dart_rmt", "uniform")])
+def test_no_value_is_read_on_the_host(model_type, partition, normalization, scorer):
     """On `meta` tensors, code that reads a value, or makes a tensor on the host, fails."""
+    settings = {"partition": partition, "score_normalization": normalization, "scorer": scorer}
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type, **ENCODERS[model_type]))
+        model = make_model(model_type, **settings)
         images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
     for training in (True, False):
-        out = model.train(training)(images, labels=labels)
+        out = model.train(training)(images, labels=labels, output_regions=True)
         out.loss.backward()
-        assert out.logits.is_meta
+        assert out.logits.is_meta and out.regions.strip_edges.is_meta
         assert all(parameter.grad.is_meta for layer in layers(model).values() for parameter in layer.parameters())
 
 
