@@ -4,37 +4,19 @@ import copy
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_classifier
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import dart_hf
-from dart_hf import DartConfig, DartForImageClassification, DartModel
+from dart_hf import DartForImageClassification, DartModel
 from dart_hf.modeling.scorer_trunk import build_trunk
 
 
-def make_config(**settings) -> DartConfig:
-    defaults = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "patch_size": 4,
-        "image_size": 32,
-        "num_patches": 9,
-        "scorer": "conv",
-        "num_labels": 5,
-    }
-    return DartConfig(**{**defaults, **settings})
-
-
 def make_model(**settings) -> DartForImageClassification:
-    torch.manual_seed(0)
-    model = DartForImageClassification(make_config(**settings))
-    # Weights of order one, so that the tokens matter for the logits.
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(10)
-    return model.eval()
+    """A tiny classifier with weights of order one, so that the tokens affect the logits."""
+    defaults = {"num_hidden_layers": 2, "score_normalization": "running", "initializer_range": 0.2}
+    return tiny_classifier("abcde", **{**defaults, **settings})
 
 
 def pixels(count: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -96,7 +78,7 @@ def assert_frozen(model, state) -> None:
 
 
 def test_a_frozen_trunk_stays_frozen_through_loading_training_and_resuming(tmp_path):
-    model = make_model(scorer="mobilenet_v3_small", scorer_frozen=True, num_labels=4)
+    model = make_model(scorer="mobilenet_v3_small", scorer_frozen=True)
     model.scorer.trunk_loaded.fill_(True)
     state = frozen_state(model)
     assert_frozen(model.train(), state)
@@ -146,10 +128,11 @@ def test_a_frozen_scorer_without_weights_is_refused_until_it_gets_them(tmp_path)
 
 @pytest.mark.parametrize("scorer", ["mobilenet_v3_small", "conv", "timm/resnet10t"])
 def test_a_new_trunk_has_its_librarys_initial_weights(scorer):
+    config = make_model(scorer=scorer).config
     torch.manual_seed(5)
-    expected, _ = build_trunk(make_config(scorer=scorer))
+    expected, _ = build_trunk(config)
     torch.manual_seed(5)
-    model = DartModel(make_config(scorer=scorer))
+    model = DartModel(config)
     for name, value in expected.state_dict().items():
         assert torch.equal(model.scorer.trunk.state_dict()[name], value), name
 
@@ -170,7 +153,7 @@ def test_trunk_weights_missing_from_a_checkpoint_are_initialised_by_the_library(
 
 def test_a_model_built_in_half_precision_computes_its_regions_in_float32():
     """Half-precision numbers above 2,048 cannot distinguish neighbouring columns of the strip."""
-    config = make_config(scorer="mobilenet_v3_small", image_size=224, num_patches=196)
+    config = make_model(scorer="mobilenet_v3_small", image_size=224, num_patches=196).config
     model = DartForImageClassification._from_config(config, dtype=torch.bfloat16).eval()
     outputs = model(torch.randn(1, 3, 224, 224), output_regions=True)
     assert model.classifier.weight.dtype == outputs.logits.dtype == torch.bfloat16
@@ -186,7 +169,7 @@ def test_a_model_built_in_half_precision_computes_its_regions_in_float32():
 
 def test_the_classifier_runs_the_last_layer_for_the_class_token_only():
     """Logits and gradients are the same as with all tokens."""
-    model = make_model(num_labels=4).double()
+    model = make_model().double()
     batch = {"pixel_values": pixels(4, torch.float64), "labels": torch.arange(4)}
     shapes, results = [], []
     model.dart.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
@@ -249,7 +232,7 @@ def test_a_compiled_graph_has_no_tensor_on_the_host(training):
     """CUDA graphs cannot contain operations on the host. Here `meta` is the device."""
     torch.compiler.reset()
     with torch.device("meta"):
-        model = DartForImageClassification(make_config(scorer="mobilenet_v3_small")).train(training)
+        model = make_model(scorer="mobilenet_v3_small").train(training)
         images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.long)
     devices = set()
 
@@ -341,5 +324,5 @@ class WithRegionsForImageClassification(DartForImageClassification):
 
 @pytest.mark.parametrize("model_class", [DartForImageClassification, WithRegionsForImageClassification])
 def test_predictions_of_the_trainer_are_the_logits_only(tmp_path, model_class):
-    model = model_class(make_config(**DISTILLED, num_labels=4))
-    assert make_trainer(tmp_path, model).predict(RandomImages()).predictions.shape == (16, 4)
+    trainer = make_trainer(tmp_path, model_class(make_model(**DISTILLED).config))
+    assert trainer.predict(RandomImages()).predictions.shape == (16, 5)

@@ -4,39 +4,28 @@ import math
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_classifier
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import silu
 
-from dart_hf import DartVimConfig, DartVimForImageClassification
+from dart_hf import DartVimForImageClassification
 from dart_hf.modeling.modeling_dart_vim import DartVimMixer, DartVimNorm, DartVimOutput, DartVimScan
 
 
-def make_config(**settings) -> DartVimConfig:
-    defaults = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "state_size": 4,
-        "image_size": 64,
-        "patch_size": 8,
-        "num_patches": 9,
-        "score_grid_size": 4,
-        "scorer": "conv",
-        "num_labels": 5,
-    }
-    return DartVimConfig(**{**defaults, **settings})
+def make_new_model(**settings) -> DartVimForImageClassification:
+    return tiny_classifier("abcde", "dart_vim", **{"num_hidden_layers": 3, "initializer_range": 0.02, **settings})
 
 
 def make_model(**settings) -> DartVimForImageClassification:
     """Weights of order one, so that every part affects the logits, and no two channels are alike."""
-    torch.manual_seed(0)
-    model = DartVimForImageClassification(make_config(initializer_range=0.2, **settings))
+    model = make_new_model(initializer_range=0.2, score_normalization="running", **settings)
     with torch.no_grad():
         for name, parameter in model.dart_vim.layers.named_parameters():
             if parameter.ndim == 1 or name.endswith("A_log"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 def pixels(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -139,8 +128,7 @@ def assert_initialised(model) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, {"time_step_min": 0.01, "time_step_max": 0.5, "time_step_rank": 7}])
 def test_a_new_model_has_mambas_initial_weights(settings):
-    torch.manual_seed(0)
-    model = DartVimForImageClassification(make_config(**settings))
+    model = make_new_model(**settings)
     assert_initialised(model)
     for layer in model.dart_vim.layers:
         assert (layer.norm.weight == 1).all()
@@ -154,8 +142,7 @@ OWN = ("A_log", ".D", "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "conv1d
 @pytest.mark.parametrize("missing", [*OWN, OWN])
 def test_only_weights_missing_from_a_checkpoint_are_initialised(missing, tmp_path):
     """They get the values of a new model, although loading first builds the model without memory."""
-    torch.manual_seed(0)
-    model = DartVimForImageClassification(make_config())
+    model = make_new_model()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if not name.endswith(missing)}

@@ -61,20 +61,6 @@ def test_regions_are_computed_in_float32_at_least(dtype):
     assert {value.dtype for value in regions.values()} == {torch.promote_types(dtype, torch.float32)}
 
 
-def test_autocast_does_not_change_the_regions():
-    tokenizer = make_tokenizer()
-    pixels = torch.randn(2, 3, 64, 64)
-    scores = torch.rand(2, 14, 14)
-    tokenizer.scorer.forward = lambda pixel_values: scores
-    plain = tokenizer.partition(tokenizer.score(pixels), 30, *pixels.shape[2:])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = tokenizer.partition(tokenizer.score(pixels), 30, *pixels.shape[2:])
-        weights = tokenizer.positions(cast)
-    assert torch.equal(plain.row_edges, cast.row_edges)
-    assert torch.equal(plain.strip_edges, cast.strip_edges)
-    assert weights.isfinite().all()
-
-
 def test_an_image_of_nan_gets_uniform_regions_and_affects_no_other_image():
     tokenizer = make_tokenizer(score_normalization="image")
     pixels = torch.randn(3, 3, 40, 40)
