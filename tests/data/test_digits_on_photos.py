@@ -13,12 +13,12 @@ SIZES = (20, 32)
 
 @pytest.fixture(scope="module")
 def train():
-    return digits_on_photos("train", placements=1, image_size=SIDE, digit_sizes=SIZES)
+    return digits_on_photos("train", 1, SIDE, SIZES)
 
 
 @pytest.fixture(scope="module")
 def test():
-    return digits_on_photos("test", placements=2, image_size=SIDE, digit_sizes=SIZES)
+    return digits_on_photos("test", 2, SIDE, SIZES)
 
 
 def test_train_and_test_share_no_digit_and_use_all(train, test):
@@ -31,8 +31,7 @@ def test_train_and_test_share_no_digit_and_use_all(train, test):
 
 
 def test_rows_have_an_image_and_the_class_of_the_scan(train, test):
-    assert isinstance(train.features["image"], Image)
-    assert isinstance(train.features["label"], ClassLabel)
+    assert isinstance(train.features["image"], Image) and isinstance(train.features["label"], ClassLabel)
     assert test.features == train.features
     assert {(image.size, image.mode) for image in train[:20]["image"]} == {((SIDE, SIDE), "RGB")}
     for data in (train, test):
@@ -56,16 +55,12 @@ def test_the_box_has_the_scan_brighter_than_the_photograph_around_it(test):
 
 
 def test_the_seed_decides_the_pictures_but_not_the_split(test):
-    again = digits_on_photos("test", 2, SIDE, SIZES)
-    other = digits_on_photos("test", 2, SIDE, SIZES, seed=1)
+    again, other = (digits_on_photos("test", 2, SIDE, SIZES, seed=seed) for seed in (0, 1))
     assert again[5]["image"].tobytes() == test[5]["image"].tobytes() != other[5]["image"].tobytes()
-    assert again["box"][:] == test["box"][:]
-    assert other["digit"][:] == test["digit"][:]
+    assert again["box"][:] == test["box"][:] and other["digit"][:] == test["digit"][:]
     boxes = np.array(test["box"])
     assert len(np.unique(boxes, axis=0)) > 0.95 * len(boxes)
-
-
-def test_pictures_may_be_larger_than_a_photograph():
+    # Pictures may be larger than a photograph.
     assert digits_on_photos("test", 1, image_size=480, digit_sizes=SIZES)[0]["image"].size == (480, 480)
 
 

@@ -24,13 +24,10 @@ def make(root: Path, files: str) -> Path:
 
 
 def found(root: Path, **settings) -> dict[str, dict[str, int]]:
+    """Split -> class -> number of images."""
     data = load_image_data(root, needs_labels=False, **settings)
-    splits = {"train": data.train, data.evaluation_split: data.evaluation}
-    return {
-        name: dict(Counter(data.label_names[row["label"]] for row in split))
-        for name, split in splits.items()
-        if split is not None
-    }
+    splits = {"train": data.train, **({data.evaluation_split: data.evaluation} if data.evaluation else {})}
+    return {name: dict(Counter(data.label_names[row["label"]] for row in split)) for name, split in splits.items()}
 
 
 @pytest.mark.parametrize(
@@ -81,51 +78,35 @@ def test_files_that_are_left_out_are_counted_aloud(tmp_path, caplog):
     assert "1 images in" in caplog.text and "no class folder, such as 'loose.png'" in caplog.text
 
 
-def test_two_folders_for_one_split_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"the folders 'val' and 'validation' in .* are all the split 'validation'"):
-        found(make(tmp_path / "pets", "train/a/1.png val/a/1.png validation/a/1.png"))
-
-
 def test_the_word_of_a_folder_names_its_split(tmp_path):
-    root = make(
-        tmp_path / "pets", "Training/a/1.png Training/b/1.png val/a/1.png val/b/2.png test/a/1.png test/b/1.png"
-    )
+    files = "Training/a/1.png Training/b/1.png val/a/1.png val/b/2.png test/a/1.png test/b/1.png"
+    root = make(tmp_path / "pets", files)
     assert len(load_image_data(root, evaluation_split="val").evaluation) == 2
     assert len(load_image_data(root, train_split="training[:1]", needs_labels=False).train) == 1
+    with pytest.raises(ValueError, match=r"the folders 'val' and 'validation' in .* are all the split 'validation'"):
+        found(make(root, "validation/a/1.png"))
 
 
-def test_a_split_without_classes_is_left_out(tmp_path, caplog):
-    root = make(tmp_path / "pets", "train/a/1.png train/b/1.png test/1.png")
-    assert load_image_data(root).evaluation is None
-    assert "no class folder, such as 'test/1.png'" in caplog.text
-
-
-@pytest.mark.parametrize("metadata", ["", "Training/"])
-def test_metadata_tells_the_labels_and_the_folders_tell_the_splits(tmp_path, metadata):
-    files = "Training/train-1.png Training/test-2.png Testing/1.png"
-    root = make(tmp_path / "pets", files)
-    rows = {"Training/": [("train-1.png", "cat"), ("test-2.png", "dog")], "Testing/": [("1.png", "dog")]}
-    tables = {"": [(folder + name, label) for folder, each in rows.items() for name, label in each]}
-    for folder, table in (rows if metadata else tables).items():
-        lines = [f"{name},{label}" for name, label in table]
-        (root / folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]) + "\n")
-    assert found(root) == {"train": {"cat": 1, "dog": 1}, "test": {"dog": 1}}
-
-
-def test_metadata_beside_images_named_like_splits(tmp_path):
-    root = make(tmp_path / "pets", "test-1.png train-1.png")
-    (root / "metadata.csv").write_text("file_name,label\ntest-1.png,cat\ntrain-1.png,dog\n")
-    assert found(root) == {"train": {"cat": 1, "dog": 1}}
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"": "Training/train-1.png,cat Training/test-2.png,dog Testing/1.png,dog"}, {"test": {"dog": 1}}),
+        ({"Training/": "train-1.png,cat test-2.png,dog", "Testing/": "1.png,dog"}, {"test": {"dog": 1}}),
+        ({"": "test-1.png,cat train-1.png,dog"}, {}),
+    ],
+    ids=["one table", "a table in each split", "no folders"],
+)
+def test_metadata_tells_the_labels_and_the_folders_tell_the_splits(tmp_path, tables, expected):
+    for folder, rows in tables.items():
+        make(tmp_path, " ".join(folder + row.split(",")[0] for row in rows.split()))
+        (tmp_path / folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows.split()]) + "\n")
+    assert found(tmp_path) == {"train": {"cat": 1, "dog": 1}, **expected}
 
 
 def test_the_table_shows_the_images_of_each_class_and_split(tmp_path):
     root = make(tmp_path / "pets", "train/cat/1.png train/cat/2.png train/dog/1.png val/cat/3.png")
-    assert list(class_table(load_image_data(root))) == [
-        "class   train  validation",
-        "cat         2           1",
-        "dog         1           0",
-        "images      3           1",
-    ]
+    lines = ["class   train  validation", "cat         2           1", "dog         1           0"]
+    assert list(class_table(load_image_data(root))) == [*lines, "images      3           1"]
     assert list(class_table(load_image_data(root, streaming=True))) == []
 
 
@@ -137,7 +118,14 @@ def test_the_table_of_many_classes_shows_the_rarest(tmp_path):
     assert "c11         1" in lines
 
 
-def test_a_class_that_only_the_evaluation_has_is_named(tmp_path, caplog):
-    root = make(tmp_path / "pets", "train/cat/1.png train/dog/2.png test/cow/1.png test/cat/2.png")
-    assert load_image_data(root).label_names == ["cat", "cow", "dog"]
-    assert "only the evaluation images of" in caplog.text and "have the class 'cow';" in caplog.text
+@pytest.mark.parametrize(
+    ("files", "evaluation", "names", "warnings"),
+    [
+        ("test/1.png", None, ["cat", "dog"], ["no class folder, such as 'test/1.png'"]),
+        ("test/cow/1.png test/cat/2.png", 2, ["cat", "cow", "dog"], ["only the evaluation images of", "class 'cow';"]),
+    ],
+)
+def test_evaluation_images_without_a_class_to_learn_are_reported(tmp_path, caplog, files, evaluation, names, warnings):
+    data = load_image_data(make(tmp_path / "pets", f"train/cat/1.png train/dog/1.png {files}"))
+    assert (data.evaluation and len(data.evaluation), data.label_names) == (evaluation, names)
+    assert all(text in caplog.text for text in warnings)

@@ -1,6 +1,6 @@
 """Columns of labels of any type become classes, sets of classes, or numbers."""
 
-import io
+import json
 from decimal import Decimal
 
 import numpy as np
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
+from helpers.tiny_images import png, write_images
 from PIL import Image as PILImage
 
 from dart_hf.data.class_table import class_table
@@ -17,15 +18,13 @@ from dart_hf.data.image_data import load_image_data
 MULTI_LABEL = "multi_label_classification"
 
 
-def png(number: int) -> bytes:
-    content = io.BytesIO()
-    PILImage.new("RGB", (8, 8), (number, 0, 0)).save(content, "PNG")
-    return content.getvalue()
+def images(count: int) -> list[dict]:
+    return [{"bytes": png(PILImage.new("RGB", (8, 8), (number, 0, 0))), "path": None} for number in range(count)]
 
 
 def load(tmp_path, labels, **settings):
     """Image data from a parquet file with this column of labels, as Arrow, pandas or Polars write it."""
-    table = pa.table({"image": [png(number) for number in range(len(labels))], "label": labels})
+    table = pa.table({"image": [image["bytes"] for image in images(len(labels))], "label": labels})
     pa.parquet.write_table(table, tmp_path / "x.parquet")
     return load_image_data(tmp_path / "x.parquet", **settings)
 
@@ -47,12 +46,10 @@ def test_text_of_any_arrow_type(tmp_path, labels):
 
 
 def test_tables_of_pandas(tmp_path):
-    images = [{"bytes": png(number), "path": f"{number}.png"} for number in range(3)]
-    table = pandas.DataFrame({"image": images, "label": pandas.Categorical(["b", "a", "b"])})
+    table = pandas.DataFrame({"image": images(3), "label": pandas.Categorical(["b", "a", "b"])})
     table.to_parquet(tmp_path / "x.parquet")
     data = load_image_data(tmp_path / "x.parquet")
     assert (data.label_names, data.train["label"][:]) == (["a", "b"], [1, 0, 1])
-    assert [row["image"]["path"] for row in data.train] == ["0.png", "1.png", "2.png"]
 
 
 @pytest.mark.parametrize(
@@ -86,18 +83,15 @@ def test_lists_are_several_labels(tmp_path, labels, names, expected):
 
 
 def test_several_labels_from_metadata_and_from_class_labels(tmp_path):
-    for number in range(2):
-        (tmp_path / "pets").mkdir(exist_ok=True)
-        (tmp_path / "pets" / f"{number}.png").write_bytes(png(number))
-    (tmp_path / "pets" / "metadata.jsonl").write_text(
-        '{"file_name": "0.png", "labels": ["dog", "cat"]}\n{"file_name": "1.png", "labels": ["cat"]}\n'
-    )
+    write_images(tmp_path / "pets", 2)
+    rows = [{"file_name": "0.png", "labels": ["dog", "cat"]}, {"file_name": "1.png", "labels": ["cat"]}]
+    (tmp_path / "pets" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = load_image_data(tmp_path / "pets")
     assert (data.problem_type, data.label_names, data.train["label"][:]) == (MULTI_LABEL, ["cat", "dog"], [[1, 0], [0]])
     assert list(class_table(data))[1:] == ["cat         2", "dog         1", "images      2"]
     features = Features({"image": Image(), "tags": Sequence(ClassLabel(names=["x", "y"]))})
-    columns = {"image": [{"bytes": png(0), "path": None}], "tags": [["y", "x"]]}
-    DatasetDict({"train": Dataset.from_dict(columns, features)}).save_to_disk(tmp_path / "saved")
+    split = Dataset.from_dict({"image": images(1), "tags": [["y", "x"]]}, features)
+    DatasetDict({"train": split}).save_to_disk(tmp_path / "saved")
     data = load_image_data(tmp_path / "saved")
     assert (data.problem_type, data.label_names, data.train["label"][:]) == (MULTI_LABEL, ["x", "y"], [[1, 0]])
 
@@ -137,20 +131,20 @@ def test_labels_that_are_no_classes(tmp_path, labels, settings, message):
         load(tmp_path, labels, **settings)
 
 
-def saved(tmp_path, splits: dict[str, list], names: dict[str, list[str]]) -> str:
+@pytest.mark.parametrize(
+    ("splits", "settings", "message"),
+    [
+        ({"train": "ab", "test": "ba"}, {}, r"are 'a', 'b', in this order, for all splits; got 'b', 'a'\."),
+        ({"test": "ab"}, {"train_split": None}, r"the split 'test' of .* has label -1, not one of its 2 classes"),
+        ({"train": "ab"}, {"class_names": ["a", "b", "c"]}, r"got 'a', 'b', 'c' \(not in both: 'c'\)"),
+    ],
+)
+def test_splits_with_other_classes_or_test_images_without_labels_are_errors(tmp_path, splits, settings, message):
     parts = {}
-    for split, labels in splits.items():
-        features = Features({"image": Image(), "label": ClassLabel(names=names.get(split, ["a", "b"]))})
-        images = [{"bytes": png(number), "path": None} for number in range(len(labels))]
-        parts[split] = Dataset.from_dict({"image": images, "label": labels}, features)
+    for split, names in splits.items():
+        features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
+        labels = [0, 1] if "train" in splits else [-1, -1]
+        parts[split] = Dataset.from_dict({"image": images(2), "label": labels}, features)
     DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    return str(tmp_path / "saved")
-
-
-def test_splits_with_other_classes_or_test_images_without_labels_are_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"are 'a', 'b', in this order, for all splits; got 'b', 'a'\."):
-        load_image_data(saved(tmp_path, {"train": [0, 1], "test": [0, 1]}, {"test": ["b", "a"]}))
-    with pytest.raises(ValueError, match=r"the split 'test' of .* has label -1, not one of its 2 classes"):
-        load_image_data(saved(tmp_path, {"test": [-1, -1]}, {}), train_split=None)
-    with pytest.raises(ValueError, match=r"got 'a', 'b', 'c' \(not in both: 'c'\)"):
-        load_image_data(saved(tmp_path, {"train": [0, 1]}, {}), class_names=["a", "b", "c"])
+    with pytest.raises(ValueError, match=message):
+        load_image_data(tmp_path / "saved", **settings)
