@@ -49,31 +49,28 @@ def statistics_of_one_batch(model, pixel_values) -> tuple[float, float]:
     return statistics_of(model)
 
 
-@torch.no_grad()
-def logits_of(model, pixel_values) -> torch.Tensor:
-    return model(pixel_values).logits
-
-
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_statistics_are_those_of_one_batch(model, processor, data, pixel_values, batch_size):
     found = calibrate_scores(model.train(), processor, data, batch_size=batch_size)
     expected = statistics_of_one_batch(model, pixel_values)
-    assert statistics_of(model) == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    assert (found.mean, found.variance) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    for statistics in (statistics_of(model), (found.mean, found.variance)):
+        assert statistics == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert expected[1] > 1e-3
     assert (found.num_images, found.num_cells, found.num_unusable, found.num_unreadable) == (16, 16 * 16, 0, 0)
     assert model.scorer.statistics.num_batches_tracked == -(-16 // batch_size)
     assert model.config.score_normalization == "running"
 
 
+@torch.no_grad()
 def test_predictions_no_longer_depend_on_the_batch(model, processor, data, pixel_values):
-    together = logits_of(model, pixel_values)
-    alone = torch.cat([logits_of(model, image[None]) for image in pixel_values])
-    assert (together - alone).abs().max() > 1e-2
+    def alone() -> torch.Tensor:
+        return torch.cat([model(image[None]).logits for image in pixel_values])
+
+    together = model(pixel_values).logits
+    assert (together - alone()).abs().max() > 1e-2
     calibrate_scores(model, processor, data, batch_size=3)
-    assert torch.allclose(logits_of(model, pixel_values), together, atol=1e-4)
-    alone = torch.cat([logits_of(model, image[None]) for image in pixel_values])
-    assert torch.allclose(alone, together, atol=1e-4)
+    for found in (model(pixel_values).logits, alone()):
+        assert torch.allclose(found, together, atol=1e-4)
 
 
 def test_moments_of_parts_give_those_of_the_whole():
@@ -87,31 +84,24 @@ def test_moments_of_parts_give_those_of_the_whole():
     assert moments.variance == pytest.approx(np.var(logits.numpy(), ddof=1), rel=1e-8)
 
 
+@torch.inference_mode()
 def test_unusable_images_enter_no_statistics(model, pixel_values):
     spoilt = pixel_values.clone()
     spoilt[1, 0, 0, 0] = torch.nan
     spoilt[4] = torch.inf
     logits, usable = raw_scores(model.scorer, spoilt)
+    assert logits.dtype == torch.float64 and logits.shape == (16, 4, 4)
     assert usable.tolist() == [index not in (1, 4) for index in range(16)]
-    constant = torch.zeros(1, *logits.shape[1:], dtype=torch.float64)
-    with torch.inference_mode():
-        model.scorer.head.fc2.weight.zero_()
-        assert not raw_scores(model.scorer, pixel_values)[1].any()
+    assert model.config.score_normalization == "batch" and not model.scorer.statistics._forward_hooks
+    model.scorer.head.fc2.weight.zero_()
+    assert not raw_scores(model.scorer, pixel_values)[1].any()
 
     moments, expected = Calibration(), Calibration()
+    constant = torch.zeros(1, *logits.shape[1:], dtype=torch.float64)
     moments.add(torch.cat([logits, constant]), torch.cat([usable, torch.tensor([False])]))
     expected.add(logits[usable], usable[usable])
     assert (moments.mean, moments.variance) == (expected.mean, expected.variance)
     assert (moments.num_images, moments.num_unusable) == (14, 3)
-
-
-def test_raw_scores_do_not_change_the_scorer(model, pixel_values):
-    before = copy.deepcopy(model.state_dict())
-    logits, _ = raw_scores(model.scorer, pixel_values)
-    assert logits.dtype == torch.float64 and logits.shape == (16, 4, 4)
-    assert model.config.score_normalization == "batch"
-    assert not model.scorer.statistics._forward_hooks
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -142,30 +132,25 @@ def test_images_or_models_without_usable_scores_are_refused(model, processor, da
         calibrate_scores(model, processor, data)
 
 
-@pytest.mark.parametrize("kind", [DartForImageClassification, DartModel])
-def test_calibrated_model_is_saved(model, folders, pixel_values, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "limit"), [(DartForImageClassification, None), (DartModel, 3)])
+def test_calibrated_model_is_saved(model, folders, pixel_values, tmp_path, kind, limit):
+    """Without the old metrics. A limited number of images is taken from everywhere."""
     source, photos = folders
     if kind is DartModel:
         model.dart.save_pretrained(source)
+        pixel_values = pixel_values[[0, 16 // 3, 2 * 16 // 3]]
     (source / "training.json").write_text('{"steps": 7, "metrics": {"eval_accuracy": 0.5}}')
-    calibrate_model(source, photos, tmp_path / "calibrated", batch_size=4)
-    # Without the metrics, which were measured with the old statistics.
+    found = calibrate_model(source, photos, tmp_path / "calibrated", batch_size=4, limit=limit)
+    assert found.num_images == len(pixel_values)
     assert json.loads((tmp_path / "calibrated" / "training.json").read_text()) == {"steps": 7}
     loaded, _ = load_model(tmp_path / "calibrated", needs_classifier=False)
     assert isinstance(loaded, kind) and loaded.config.score_normalization == "running"
-    assert statistics_of(loaded) == pytest.approx(statistics_of_one_batch(model, pixel_values), rel=1e-6, abs=1e-6)
+    assert statistics_of(loaded) == pytest.approx(statistics_of_one_batch(model, pixel_values), rel=1e-5, abs=1e-6)
     before, after = load_model(source, needs_classifier=False)[0].state_dict(), loaded.state_dict()
     changed = {name.rpartition(".")[2] for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
     preprocessor = [(folder / "preprocessor_config.json").read_text() for folder in (source, tmp_path / "calibrated")]
     assert preprocessor[0] == preprocessor[1]
-
-
-def test_limit_takes_images_from_everywhere(model, folders, pixel_values, tmp_path):
-    found = calibrate_model(*folders, tmp_path / "calibrated", limit=3)
-    assert found.num_images == 3
-    expected = statistics_of_one_batch(model, pixel_values[[0, 16 // 3, 2 * 16 // 3]])
-    assert (found.mean, found.variance) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_mistake_leaves_nothing(folders, tmp_path):

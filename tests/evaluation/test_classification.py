@@ -28,6 +28,15 @@ def model() -> DartForImageClassification:
     return tiny_classifier(NAMES)
 
 
+@pytest.fixture
+def seen(monkeypatch) -> list[np.ndarray]:
+    """The logits of every batch that is evaluated."""
+    found = []
+    name = "dart_hf.evaluation.classification.likeliest_classes"
+    monkeypatch.setattr(name, lambda logits, k: found.append(logits) or logits[:, :5])
+    return found
+
+
 def logits_of(model, processor, data, num_patches: int, batch_size: int = 1, **settings) -> np.ndarray:
     """Logits (B, num_labels), computed without the code under test."""
     images = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in data]
@@ -50,27 +59,21 @@ def top(logits: np.ndarray, labels: list[int], k: int) -> float:
 def test_accuracies_are_those_of_single_images(model, processor, data):
     """With the model's own rule for scores they would depend on the other images of a batch."""
     # With 9 tokens the model is right about every other image, and some labels are its last answers.
-    answers = logits_of(model, processor, data, 9).argsort()
-    data = with_labels(
-        data, [row[-1] if number % 2 else row[number % 4] for number, row in enumerate(answers.tolist())]
-    )
+    answers = logits_of(model, processor, data, 9).argsort().tolist()
+    data = with_labels(data, [row[-1] if number % 2 else row[number % 4] for number, row in enumerate(answers)])
     found = evaluate_classifier(model, processor, data, NAMES, BUDGETS, batch_size=8)
     assert (found.num_images, found.num_unreadable, found.score_normalization) == (IMAGES, 0, "image")
     assert (found.device, found.dtype, found.batch_size) == (model.device.type, "float32", 8)
     assert [result.num_patches for result in found.budgets] == BUDGETS
     for result in found.budgets:
         logits = logits_of(model, processor, data, result.num_patches)
-        assert result.top1 == pytest.approx(top(logits, data["label"], 1))
-        assert result.top5 == pytest.approx(top(logits, data["label"], 5))
+        expected = top(logits, data["label"], 1), top(logits, data["label"], 5)
+        assert (result.top1, result.top5) == pytest.approx(expected)
     assert found.budgets[0].top1 == 0.5 < found.budgets[0].top5 < 1
     assert found.budgets[1].metrics != found.budgets[0].metrics
 
 
-def test_published_score_rule_is_used_on_request(model, processor, data, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        dart_hf.evaluation.classification, "likeliest_classes", lambda logits, k: seen.append(logits) or logits[:, :5]
-    )
+def test_published_score_rule_is_used_on_request(model, processor, data, seen):
     found = evaluate_classifier(model, processor, data, NAMES, [9], batch_size=8, score_normalization="batch")
     assert found.score_normalization == "batch"
     assert np.concatenate(seen) == pytest.approx(logits_of(model, processor, data, 9, batch_size=8), abs=TOLERANCE)
@@ -111,11 +114,6 @@ def test_each_batch_is_read_once_and_budgets_take_turns(model, processor, data, 
     assert [result.images_per_second for result in found.budgets] == [6 / 9, 6 / 16, 6 / 25]
 
 
-def test_budget_that_needs_too_much_memory_is_refused(model, processor, data):
-    with pytest.raises(ValueError, match="num_patches: 99999999 tokens for each of 3 images need more memory than"):
-        evaluate_classifier(model, processor, data.select(range(3)), NAMES, [9, 99999999])
-
-
 def test_model_keeps_its_score_rule(model, processor, data, monkeypatch):
     evaluate_classifier(model.train(), processor, data.select([0]), NAMES)
     assert not model.training
@@ -126,30 +124,18 @@ def test_model_keeps_its_score_rule(model, processor, data, monkeypatch):
     assert model.config.score_normalization == "batch"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_named(model, processor, damaged, workers):
-    with pytest.raises(OSError, match=r"^The image 'half.png' cannot be read") as caught:
-        evaluate_classifier(model, processor, damaged, NAMES, workers=workers)
-    assert "Traceback" not in str(caught.value)
-
-
 @pytest.mark.parametrize(("batch_size", "workers", "rule"), [(1, 0, "image"), (3, 1, "image"), (5, 0, "batch")])
-def test_skip_unreadable_leaves_the_image_out(model, processor, damaged, monkeypatch, batch_size, workers, rule):
-    seen = []
-    monkeypatch.setattr(
-        dart_hf.evaluation.classification, "likeliest_classes", lambda logits, k: seen.append(logits) or logits[:, :5]
-    )
-    settings = {"batch_size": batch_size, "workers": workers, "score_normalization": rule, "skip_unreadable": True}
-    found = evaluate_classifier(model, processor, damaged, NAMES, **settings)
+def test_unreadable_image_is_named_or_left_out(model, processor, damaged, seen, batch_size, workers, rule):
+    settings = {"batch_size": batch_size, "workers": workers, "score_normalization": rule}
+    with pytest.raises(OSError, match=r"^The image 'half.png' cannot be read") as caught:
+        evaluate_classifier(model, processor, damaged, NAMES, **settings)
+    assert "Traceback" not in str(caught.value)
+    seen.clear()
+    found = evaluate_classifier(model, processor, damaged, NAMES, **settings, skip_unreadable=True)
     assert (found.num_images, found.num_unreadable) == (4, 1)
-    readable = damaged.select([0, 1, 3, 4])
-    if rule == "image":
-        assert np.concatenate(seen) == pytest.approx(logits_of(model, processor, readable, 9), abs=TOLERANCE)
-    else:
-        # The placeholder of the damaged image is not part of the batch.
-        assert np.concatenate(seen) == pytest.approx(
-            logits_of(model, processor, readable, 9, batch_size=4), abs=TOLERANCE
-        )
+    # The placeholder of the damaged image is not part of the batch.
+    readable, together = damaged.select([0, 1, 3, 4]), 4 if rule == "batch" else 1
+    assert np.concatenate(seen) == pytest.approx(logits_of(model, processor, readable, 9, together), abs=TOLERANCE)
 
 
 def test_data_without_readable_images_is_refused(model, processor, damaged):
@@ -161,27 +147,21 @@ def test_data_without_readable_images_is_refused(model, processor, damaged):
 
 def test_classes_are_matched_by_name(model, processor, data):
     names = ["Five", "zero", "THREE"]
-    rows = [
-        {**row, "label": names.index(name)} for row in data for name in names if NAMES[row["label"]] == name.lower()
-    ]
-    found = evaluate_classifier(model, processor, Dataset.from_list(rows), names)
-    labels = [NAMES.index(names[row["label"]].lower()) for row in rows]
-    assert found.budgets[0].top1 == pytest.approx(top(logits_of(model, processor, rows, 9), labels, 1))
-    assert found.budgets[0].top5 == pytest.approx(top(logits_of(model, processor, rows, 9), labels, 5))
+    rows = [{**row, "label": names.index(n)} for row in data for n in names if NAMES[row["label"]] == n.lower()]
+    (result,) = evaluate_classifier(model, processor, Dataset.from_list(rows), names).budgets
+    logits, labels = logits_of(model, processor, rows, 9), [NAMES.index(names[row["label"]].lower()) for row in rows]
+    assert (result.top1, result.top5) == pytest.approx((top(logits, labels, 1), top(logits, labels, 5)))
 
 
-def test_running_statistics_are_used_if_there_are_any(model, processor, data):
-    statistics = model.scorer.statistics
+def test_running_statistics_are_used_if_there_are_any(model, processor, data, monkeypatch):
+    data = data.select([0])
     with pytest.raises(ValueError, match="needs statistics, and the model has none: 'dart-hf calibrate'"):
         evaluate_classifier(model, processor, data, NAMES, score_normalization="running")
-    model.config.score_normalization = "running"
-    try:
-        assert evaluate_classifier(model, processor, data.select([0]), NAMES).score_normalization == "image"
-        statistics.num_batches_tracked.fill_(1)
-        assert evaluate_classifier(model, processor, data.select([0]), NAMES).score_normalization == "running"
-    finally:
-        statistics.num_batches_tracked.zero_()
-        model.config.score_normalization = "batch"
+    monkeypatch.setattr(model.config, "score_normalization", "running")
+    assert evaluate_classifier(model, processor, data, NAMES).score_normalization == "image"
+    model.scorer.statistics.num_batches_tracked.fill_(1)
+    assert evaluate_classifier(model, processor, data, NAMES).score_normalization == "running"
+    model.scorer.statistics.num_batches_tracked.zero_()
 
 
 def test_dead_scorer_is_recorded_and_uniform_partition_has_no_score_rule(model, processor, data, monkeypatch):
@@ -201,6 +181,7 @@ def test_dead_scorer_is_recorded_and_uniform_partition_has_no_score_rule(model, 
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"budgets": [9, 0]}, "num_patches must be at least 1, got 0"),
+        ({"budgets": [9, 99999999]}, "num_patches: 99999999 tokens for each of 16 images need more memory than"),
         ({"score_normalization": "layer"}, "score_normalization must be one of running, image, batch, got 'layer'"),
     ],
 )

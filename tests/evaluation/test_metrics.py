@@ -15,7 +15,9 @@ from dart_hf.evaluation.metrics import (
 )
 
 
-def test_accuracy_is_a_metric_of_evaluate():
+def test_accuracy_is_a_metric_of_evaluate(tmp_path, monkeypatch):
+    """It writes no files."""
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
     metric = Accuracy()
     assert isinstance(metric, evaluate.Metric)
     assert metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"accuracy": 0.75}
@@ -24,15 +26,10 @@ def test_accuracy_is_a_metric_of_evaluate():
     assert metric.compute()["accuracy"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="Mismatch"):
         Accuracy().compute(predictions=[0], references=[0, 1])
-
-
-def test_accuracy_writes_no_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
-    Accuracy().compute(predictions=[0], references=[0])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_top_k_is_a_metric_of_evaluate():
+def test_top_k_is_a_metric_of_evaluate_that_needs_k_answers():
     metric = TopKAccuracy(2)
     assert isinstance(metric, evaluate.Metric)
     # The class of the third image is only the third answer.
@@ -41,6 +38,10 @@ def test_top_k_is_a_metric_of_evaluate():
     for answer, reference in zip(answers, classes, strict=True):
         metric.add_batch(predictions=np.array([answer]), references=[reference])
     assert metric.compute() == {"top2_accuracy": 0.75}
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        TopKAccuracy(0)
+    with pytest.raises(ValueError, match="k=5 needs at least 5 classes for each image, got 3"):
+        TopKAccuracy(5).compute(predictions=[[0, 1, 2]], references=[0])
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -50,13 +51,6 @@ def test_top_k_of_logits_agrees_with_scikit_learn(k):
     found = TopKAccuracy(k).compute(predictions=likeliest_classes(logits, k), references=classes)
     # No reference is class 6 or 7.
     assert found[f"top{k}_accuracy"] == pytest.approx(top_k_accuracy_score(classes, logits, k=k, labels=range(8)))
-
-
-def test_top_k_needs_k_answers():
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
-        TopKAccuracy(0)
-    with pytest.raises(ValueError, match="k=5 needs at least 5 classes for each image, got 3"):
-        TopKAccuracy(5).compute(predictions=[[0, 1, 2]], references=[0])
 
 
 def test_equal_logits_are_ordered_by_class():
@@ -86,10 +80,13 @@ def test_classification_accuracy_has_top5_and_ignores_unreadable_images():
 
 
 def test_metrics_follow_from_the_problem_type():
-    for single in (None, "single_label_classification"):
-        assert compute_metrics_for(single) is classification_accuracy
+    assert compute_metrics_for(None) is compute_metrics_for("single_label_classification") is classification_accuracy
     with pytest.raises(ValueError, match=r"problem_type must be one of single_label_classification, .*, got 'ranking'"):
         compute_metrics_for("ranking")
+
+
+def multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return compute_metrics_for("multi_label_classification")(EvalPrediction(logits, labels))
 
 
 def test_multi_label_metrics_agree_with_scikit_learn():
@@ -97,31 +94,26 @@ def test_multi_label_metrics_agree_with_scikit_learn():
     rng = np.random.default_rng(0)
     logits, labels = rng.standard_normal((50, 6)), (rng.random((50, 6)) < 0.3).astype(np.float32)
     labels[:, 5] = 0
-    compute = compute_metrics_for("multi_label_classification")
-    found = compute(EvalPrediction(logits, labels))
+    found = multi_label(logits, labels)
     assert found == {
         "mean_average_precision": pytest.approx(average_precision_score(labels[:, :5], logits[:, :5]), abs=1e-6),
         "f1": pytest.approx(f1_score(labels[:, :5], logits[:, :5] > 0, average="macro"), abs=1e-6),
     }
-    unreadable = EvalPrediction(np.concatenate([logits, logits[:1]]), np.concatenate([labels, np.full((1, 6), -100)]))
-    assert compute(unreadable) == found
-    assert compute(EvalPrediction(logits[:, :1], labels[:, :1]))["f1"] == pytest.approx(
-        f1_score(labels[:, 0], logits[:, 0] > 0), abs=1e-6
-    )
+    # An image labelled -100 could not be read.
+    assert multi_label(np.vstack([logits, logits[:1]]), np.vstack([labels, np.full((1, 6), -100)])) == found
+    expected = f1_score(labels[:, 0], logits[:, 0] > 0)
+    assert multi_label(logits[:, :1], labels[:, :1])["f1"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_multi_label_metrics_of_a_diverged_model_are_low():
-    labels = np.array([[1.0, 0], [0, 1], [1, 1], [0, 0]])
-    found = compute_metrics_for("multi_label_classification")(EvalPrediction(np.full((4, 2), np.nan), labels))
+    found = multi_label(np.full((4, 2), np.nan), np.array([[1.0, 0], [0, 1], [1, 1], [0, 0]]))
     assert found == {"mean_average_precision": pytest.approx(0.5), "f1": 0}
 
 
 def test_multi_label_metrics_need_a_label():
-    compute = compute_metrics_for("multi_label_classification")
-    with pytest.raises(ValueError, match="no image has a label"):
-        compute(EvalPrediction(np.zeros((2, 3)), np.zeros((2, 3))))
-    with pytest.raises(ValueError, match="none of the 2 images could be read"):
-        compute(EvalPrediction(np.zeros((2, 3)), np.full((2, 3), -100)))
+    for label, message in ((0, "no image has a label"), (-100, "none of the 2 images could be read")):
+        with pytest.raises(ValueError, match=message):
+            multi_label(np.zeros((2, 3)), np.full((2, 3), label))
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])

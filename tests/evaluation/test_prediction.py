@@ -53,17 +53,16 @@ def test_top_k_and_budget(processor, files):
         predict(model, processor, files, top_k=0)
 
 
+@torch.no_grad()
 def test_multi_label_model_names_the_likely_labels(processor, files):
     model = tiny_classifier(LABELS, problem_type="multi_label_classification")
-    with torch.no_grad():
-        model.classifier.weight.zero_()
-        model.classifier.bias.copy_(torch.tensor([0.1, -2.0, 3.0]))
+    model.classifier.weight.zero_()
+    model.classifier.bias.copy_(torch.tensor([0.1, -2.0, 3.0]))
     (prediction,) = predict(model, processor, files[:1])
     assert list(prediction.lines()) == [str(files[0]), "   95.3%  rocket", "   52.5%  cup"]
     (prediction,) = predict(model, processor, files[:1], top_k=3)
     assert [answer.label for answer in prediction.answers] == ["rocket", "cup", "cat"]
-    with torch.no_grad():
-        model.classifier.bias.fill_(-1)
+    model.classifier.bias.fill_(-1)
     (prediction,) = predict(model, processor, files[:1])
     assert list(prediction.lines()) == [str(files[0]), "no label above 50%"]
 
@@ -77,13 +76,13 @@ def test_regression_gives_numbers(processor, files):
 
 
 def test_folders_stand_for_the_images_below_them(files, tmp_path):
-    (tmp_path / "below" / "deep").mkdir(parents=True)
+    for name in ("below/deep", "empty"):
+        (tmp_path / name).mkdir(parents=True)
     for name in ("below/deep/z.JPG", "below/a.png", "below/notes.txt", "below/.hidden.png"):
         (tmp_path / name).touch()
     found = image_files([files[0], tmp_path / "below"])
     assert found == [files[0], tmp_path / "below/a.png", tmp_path / "below/deep/z.JPG"]
     with pytest.raises(FileNotFoundError, match="There is no image file or folder 'none'"):
         image_files(["none"])
-    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty' has no images"):
         image_files([tmp_path / "empty"])
