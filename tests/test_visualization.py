@@ -43,14 +43,6 @@ def numbers(axis) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def test_image_is_the_one_that_the_model_saw(pixel_values):
-    figure = draw_regions(pixel_values, flow_regions(scores(), 10, SIDE, SIDE))
-    seen = DartImageProcessor(size=SIDE, crop_size=SIDE, do_normalize=False)(data.chelsea(), return_tensors="np")
-    shown = figure.axes[1].images[0]
-    np.testing.assert_allclose(shown.get_array(), seen.pixel_values[0].transpose(1, 2, 0), atol=1e-6)
-    assert tuple(shown.get_extent()) == (0, SIDE, SIDE, 0)
-
-
 def test_even_grid_has_four_sides_per_token_and_one_colour(pixel_values):
     figure = draw_regions(pixel_values, uniform_regions(scores(), 16, SIDE, SIDE))
     segments, density = outlines(figure.axes[0])
@@ -77,40 +69,38 @@ def test_wrapped_region_is_open_and_numbered_at_both_ends(pixel_values):
     figure = draw_regions(pixel_values, regions)
     segments, _ = outlines(figure.axes[0])
     assert len(segments) == 4 * (10 + 2) - 2 * 2
-    vertical = segments[segments[:, 0, 0] == segments[:, 1, 0]]
-    band = SIDE / 3
-    at_the_left = vertical[vertical[:, 0, 0] == 0]
-    at_the_right = vertical[vertical[:, 0, 0] == SIDE]
-    np.testing.assert_allclose(at_the_left[:, :, 1], [[0, band]], rtol=1e-5)
-    np.testing.assert_allclose(at_the_right[:, :, 1], [[2 * band, SIDE]], rtol=1e-5)
+    vertical, band = segments[segments[:, 0, 0] == segments[:, 1, 0]], SIDE / 3
+    for side, rows in ((0, [0, band]), (SIDE, [2 * band, SIDE])):
+        np.testing.assert_allclose(vertical[vertical[:, 0, 0] == side][:, :, 1], [rows], rtol=1e-5)
     found = numbers(figure.axes[0])
     assert sorted(found) == ["1", "2"]
-    for number, (right, left) in found.items():
-        np.testing.assert_allclose(right, (SIDE, band * (int(number) - 0.5)), rtol=1e-5)
-        np.testing.assert_allclose(left, (0, band * (int(number) + 0.5)), rtol=1e-5)
+    for number, ends in found.items():
+        expected = [(SIDE, band * (int(number) - 0.5)), (0, band * (int(number) + 0.5))]
+        np.testing.assert_allclose(ends, expected, rtol=1e-5)
     assert "next band" in figure.get_supxlabel()
 
 
-def test_scores_are_drawn_as_density_beside_the_image(pixel_values):
-    figure = draw_regions(pixel_values, flow_regions(scores(), 10, SIDE, SIDE), with_scores=True)
+@pytest.mark.parametrize("value", [None, 0.0, float("nan"), float("inf")])
+def test_scores_are_drawn_as_density_beside_the_image(pixel_values, value):
+    """Unusable scores as an even density."""
+    given = scores() if value is None else torch.full((2, 8, 8), value)
+    figure = draw_regions(pixel_values, flow_regions(given, 10, SIDE, SIDE), with_scores=True)
     pictures = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in pictures] == ["10 tokens", "density"] * 2
-    np.testing.assert_allclose(pictures[1].images[0].get_array(), scores()[0] / scores()[0].mean(), rtol=1e-6)
+    expected = given[0] / given[0].mean() if value is None else torch.ones(8, 8)
+    np.testing.assert_allclose(pictures[1].images[0].get_array(), expected, rtol=1e-6)
     np.testing.assert_allclose(pictures[1].images[0].get_extent(), (0, SIDE, SIDE, 0))
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_unusable_scores_are_drawn_as_even_density(pixel_values, value):
-    figure = draw_regions(pixel_values, flow_regions(torch.full((2, 8, 8), value), 16, SIDE, SIDE), with_scores=True)
-    np.testing.assert_array_equal(figure.axes[1].images[0].get_array(), np.ones((8, 8)))
-    np.testing.assert_allclose(outlines(figure.axes[0])[1], 1, rtol=1e-5)
-
-
-def test_images_fill_rows_and_have_their_titles(pixel_values):
+def test_images_are_those_the_model_saw_in_rows_with_titles(pixel_values):
     images = pixel_values[[0, 1, 0, 1, 0]]
     figure = draw_regions(images, uniform_regions(scores(5), 9, SIDE, SIDE), titles=list("abcde"), columns=3)
     assert [axis.get_title() for axis in figure.axes[:6]] == [*(f"{title} · 9 tokens" for title in "abcde"), ""]
     assert sum(len(axis.images) for axis in figure.axes[:6]) == 5
+    seen = DartImageProcessor(size=SIDE, crop_size=SIDE, do_normalize=False)(data.chelsea(), return_tensors="np")
+    shown = figure.axes[1].images[0]
+    np.testing.assert_allclose(shown.get_array(), seen.pixel_values[0].transpose(1, 2, 0), atol=1e-6)
+    assert tuple(shown.get_extent()) == (0, SIDE, SIDE, 0)
 
 
 @pytest.mark.parametrize(
@@ -139,17 +129,13 @@ def test_ending_of_the_name_decides_the_format(pixel_values, tmp_path, name, sta
     assert not pyplot.get_fignums()
 
 
-def test_bad_paths_are_refused(tmp_path):
+def test_bad_paths_and_failed_writes_keep_the_old_file(tmp_path, monkeypatch):
+    path = save_figure(Figure(), tmp_path / "regions.png")
+    old = path.read_bytes()
     with pytest.raises(ValueError, match=r"must end in one of .*\.png"):
         save_figure(Figure(), tmp_path / "regions.doc")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
         save_figure(Figure(), tmp_path / "missing" / "regions.png")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = save_figure(Figure(), tmp_path / "regions.png")
-    old = path.read_bytes()
 
     def fail(self, content):
         # A part of the content is written before the disk is full.

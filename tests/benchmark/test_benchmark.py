@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,8 +10,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import dart_hf.benchmark.models
-import dart_hf.benchmark.report
 from dart_hf.benchmark import Settings, run_benchmark
 from dart_hf.benchmark.models import PUBLISHED_ACCURACY, BenchmarkModel, benchmark_models
 from dart_hf.benchmark.report import COMPARISONS
@@ -27,25 +24,23 @@ CUDA = torch.cuda.is_available()
 NAMES = ["DART-Ti@9", "DeiT-Ti@32", "ViT-Ti@32"]
 
 
-@contextmanager
-def tiny_benchmark() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def tiny_models() -> Iterator[None]:
     """The benchmark with the real models, but small images."""
     with pytest.MonkeyPatch.context() as replaced:
-        replaced.setattr(dart_hf.benchmark.models, "benchmark_models", lambda: TINY)
-        replaced.setattr(
-            dart_hf.benchmark.report, "COMPARISONS", (("DART-Ti@9", "DeiT-Ti@32"), ("DART-Ti@9", "absent"))
-        )
-        replaced.setitem(PUBLISHED_ACCURACY, "DART-Ti@9", 50.0)
+        replaced.setattr("dart_hf.benchmark.models.benchmark_models", lambda: TINY)
+        pairs = (("DART-Ti@9", "DeiT-Ti@32"), ("DART-Ti@9", "absent"))
+        replaced.setattr("dart_hf.benchmark.report.COMPARISONS", pairs)
+        replaced.setattr("dart_hf.benchmark.run.PUBLISHED_ACCURACY", {"DART-Ti@9": 50.0})
         yield
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> tuple[dict[str, Any], Path, str]:
+def results(tiny_models, tmp_path_factory) -> tuple[dict[str, Any], Path, str]:
     """What a run returns, its folder, and what it reports. Each model's memory takes a process of its own."""
     output, lines = tmp_path_factory.mktemp("benchmark") / "made", []
-    with tiny_benchmark():
-        settings = Settings(batch_size=2, rounds=1, calls=3)
-        found = run_benchmark(output, settings, ["DART-*", "DeiT-*"], report=lines.append)
+    settings = Settings(batch_size=2, rounds=1, calls=3)
+    found = run_benchmark(output, settings, ["DART-*", "DeiT-*"], report=lines.append)
     return found, output, "\n".join(lines)
 
 
@@ -72,41 +67,35 @@ def test_every_model_has_times_speed_and_memory(results):
 
 
 def test_comparisons_are_ratios_of_medians(results):
-    found = results[0]
-    dart, deit = found["models"]
-    (comparison,) = found["comparisons"]
+    dart, deit = results[0]["models"]
+    (comparison,) = results[0]["comparisons"]
     assert (comparison["model"], comparison["peer"]) == ("DART-Ti@9", "DeiT-Ti@32")
+    ours, theirs = dart["inference"]["median"], deit["inference"]["median"]
+    scoring = ours - dart["parts"]["encoder + head"]["median"]
     expected = {
-        "throughput": deit["inference"]["median"] / dart["inference"]["median"],
-        "inference_time_all_tokens": (
-            dart["inference"]["median"] + dart["encoders"]["ours"]["median"] - dart["parts"]["encoder + head"]["median"]
-        )
-        / deit["inference"]["median"],
-        "inference_time": dart["inference"]["median"] / deit["inference"]["median"],
+        "throughput": theirs / ours,
+        "inference_time_all_tokens": (scoring + dart["encoders"]["ours"]["median"]) / theirs,
+        "inference_time": ours / theirs,
         "training_time": dart["training"]["median"] / deit["training"]["median"],
         "inference_memory": dart["peak_memory"]["inference"] / deit["peak_memory"]["inference"],
         "training_memory": dart["peak_memory"]["training"] / deit["peak_memory"]["training"],
     }
-    for name, ratio in expected.items():
-        assert comparison[name] == pytest.approx(ratio, rel=1e-2)
+    assert {name: comparison[name] for name in expected} == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"compile": True, "compile_mode": "default"}])
-def test_dtype_and_compile_settings_reach_the_models(tmp_path, monkeypatch, changed):
-    seen = []
-    build = BenchmarkModel.build
+def test_dtype_and_compile_settings_reach_the_models(tmp_path, monkeypatch, tiny_models, changed):
+    seen, compiled, build = [], [], BenchmarkModel.build
 
     def recorded(entry, attention):
         model = build(entry, attention)
         model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
         return model
 
-    compiled = []
     monkeypatch.setattr(torch, "compile", lambda run, mode, dynamic: compiled.append(mode) or run)
     monkeypatch.setattr(BenchmarkModel, "build", recorded)
     settings = Settings(batch_size=1, rounds=1, calls=1, training=False, memory=False, **changed)
-    with tiny_benchmark():
-        found = run_benchmark(tmp_path, settings)
+    found = run_benchmark(tmp_path, settings)
     assert set(seen) == {torch.bfloat16 if "dtype" in changed else torch.float32}
     # Three models, four parts and two encoders.
     assert compiled == (["default"] * 9 if "compile" in changed else [])
@@ -115,25 +104,22 @@ def test_dtype_and_compile_settings_reach_the_models(tmp_path, monkeypatch, chan
 
 
 def test_training_step_changes_weights_but_not_the_frozen_trunk(monkeypatch):
-    built = []
-    build = BenchmarkModel.build
+    built, build = [], BenchmarkModel.build
     monkeypatch.setattr(BenchmarkModel, "build", lambda entry, _: built.append(build(entry)) or built[-1])
     step = training_step(TINY[0], Settings(batch_size=2, dtype="bfloat16"))
     before = {name: tensor.clone() for name, tensor in built[0].state_dict().items()}
     step()
     changed = {name for name, tensor in built[0].state_dict().items() if not torch.equal(tensor, before[name])}
-    assert "dart.tokenizer.projection.weight" in changed and "classifier.weight" in changed
+    assert changed >= {"dart.tokenizer.projection.weight", "classifier.weight"}
     assert not any(".trunk." in name for name in changed)
 
 
 @pytest.mark.parametrize("entry", TINY, ids=NAMES)
+@torch.no_grad()
 def test_attention_setting_reaches_every_family(entry):
     original = torch.nn.functional.scaled_dot_product_attention
     for attention, expected in (("sdpa", 12), ("eager", 0)):
-        with (
-            patch.object(torch.nn.functional, "scaled_dot_product_attention", wraps=original) as fused,
-            torch.no_grad(),
-        ):
+        with patch.object(torch.nn.functional, "scaled_dot_product_attention", wraps=original) as fused:
             entry.build(attention).eval()(torch.zeros(1, 3, entry.image_size, entry.image_size))
         assert fused.call_count == expected
 
@@ -148,17 +134,10 @@ def test_models_take_turns():
     assert all(sample > 0 for samples in times.values() for sample in samples)
 
 
-def test_benchmark_models_are_those_of_the_paper():
-    names = [entry.name for entry in benchmark_models()]
-    plain = ("Ti@224", "S@224", "B@224", "S@384", "S@448")
-    assert names == [
-        *(f"DART-{size}@{budget}" for size in ("Ti", "S") for budget in (121, 196, 288, 392)),
-        *(f"DART-Vim-{size}@{budget}" for size in ("Ti", "S") for budget in (196, 392)),
-        "DART-RMT-S@196",
-        "DART-RMT-L6@196",
-        *(f"{family}-{size}" for family in ("DeiT", "ViT") for size in plain),
-    ]
-    assert set(PUBLISHED_ACCURACY) <= set(names) and {name for pair in COMPARISONS for name in pair} <= set(names)
+def test_published_numbers_and_comparisons_are_of_benchmark_models():
+    names = {entry.name for entry in benchmark_models()}
+    assert {"DART-Ti@121", "DART-S@392", "DART-Vim-S@196", "DART-RMT-L6@196", "DeiT-B@224", "ViT-S@448"} <= names
+    assert set(PUBLISHED_ACCURACY) <= names and {name for pair in COMPARISONS for name in pair} <= names
 
 
 @pytest.mark.parametrize("size", ["Ti", "Vim-Ti", "RMT-S"])
@@ -196,9 +175,6 @@ def test_timm_and_transformers_models_have_the_same_size(size):
 def test_unusable_settings_are_refused_before_writing(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         run_benchmark(tmp_path / "out", Settings(**settings))
-    assert not (tmp_path / "out").exists()
-
-
-def test_unknown_models_are_refused_with_the_known_names(tmp_path):
-    with pytest.raises(ValueError, match=r"models='DART-L' matches no model; accepted are patterns of DART-Ti@121, "):
+    with pytest.raises(ValueError, match=r"models='DART-L' matches no model; accepted are patterns of DART-"):
         run_benchmark(tmp_path / "out", models=["DART-L"])
+    assert not (tmp_path / "out").exists()
