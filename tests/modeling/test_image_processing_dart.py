@@ -54,7 +54,7 @@ def test_the_default_is_the_published_transform(processor, coffee, image):
     resized = isinstance(image, tuple)
     image = Image.fromarray(coffee).resize(image) if resized else Image.fromarray(getattr(data, image)())
     difference = (levels(pixels(processor, image)) - 255 * published(image)).abs()
-    # Torchvision resizes 8-bit tensors and PIL images alike but for the rounding of their weights.
+    # Torchvision rounds the weights of resizing differently for 8-bit tensors and for PIL images.
     assert difference.max() < 2.01
     assert resized or difference.mean() < 0.01
 
@@ -248,7 +248,7 @@ def test_training_and_evaluation_get_the_same_pixels_as_pipelines(processor, tmp
     if kind == "turned":
         exif[0x0112] = 6  # show it turned clockwise
     Image.fromarray(values[..., : 4 if kind == "transparent" else 3]).save(path, exif=exif)
-    opened = load_image(str(path))  # as pipelines do it
+    opened = load_image(str(path))  # what pipelines do
     expected = pixels(processor, np.asarray(opened))
     content = path.read_bytes()
     data_url = f"data:image/png;base64,{base64.b64encode(content).decode()}"

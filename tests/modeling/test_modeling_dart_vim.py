@@ -185,12 +185,9 @@ def test_time_steps_are_computed_in_float32(mode, monkeypatch):
         return x
 
     monkeypatch.setattr("dart_hf.modeling.modeling_dart_vim.selective_scan", record_dtypes)
-    model = make_model()
-    if mode == "weights":
-        model.bfloat16()(pixels())
-    else:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(pixels())
+    model = make_model().to(torch.bfloat16 if mode == "weights" else torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        model(pixels())
     assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)} and len(seen) == 2 * 3
 
 
