@@ -16,6 +16,9 @@ BENCHMARK_ARGS ?=
 BIN := $(VENV)/bin
 # Without constraints, pip moves the packages that constraints.txt names to their newest releases and leaves torch alone.
 NEWEST := --upgrade $(shell sed -n 's/==.*//p' constraints.txt)
+ifneq ($(CONSTRAINTS),$(wildcard $(CONSTRAINTS)))
+$(error There is no file CONSTRAINTS=$(CONSTRAINTS))
+endif
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS),$(NEWEST))
 
 # Neither the tests nor the quick start need the Hub.
