@@ -118,6 +118,8 @@ class DartTrainer(Trainer):
         if data_collator is None:
             self.data_collator = self._collator()
             self.args.remove_unused_columns = False
+        elif self.args.label_smoothing_factor and compute_loss_func is None and not getattr(data_collator, "mix", None):
+            logger.warning("label_smoothing_factor has no effect with your own data_collator; smooth its labels there.")
         if isinstance(self.data_collator, ImageClassificationCollator):
             self.train_dataset = self._seeded(train_dataset)
         self._loss = self._loss_of_problem()

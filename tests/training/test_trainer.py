@@ -206,6 +206,14 @@ def test_evaluation_in_half_precision_keeps_the_weights(setting, half, tmp_path)
     assert same_tensors(trainer.model.state_dict(), before) and trainer.model.dtype == torch.float32
 
 
+def test_label_smoothing_without_effect_is_named_in_a_warning(tmp_path, caplog):
+    smooth = tiny_arguments(tmp_path, eval_strategy="no", label_smoothing_factor=0.1)
+    for own, warned in ((None, False), (list, True)):
+        with caplog.at_level("WARNING", "dart_hf"):
+            DartTrainer(tiny_dart(), smooth, data_collator=own, processing_class=tiny_processor())
+        assert ("label_smoothing_factor has no effect with your own data_collator" in caplog.text) == warned
+
+
 def test_mistakes_are_found_before_the_training(tmp_path):
     arguments, rows = tiny_arguments(tmp_path), tiny_pictures(3)
     with pytest.raises(ValueError, match="needs the model's image processor as processing_class, got NoneType"):
