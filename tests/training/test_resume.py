@@ -31,6 +31,7 @@ from dart_hf.training.output_folder import SETTINGS_FILE
 
 WEIGHTS = "model.safetensors"
 RANDOM_KILLS = 14
+TWO_EPOCHS = {"max_steps": -1, "num_train_epochs": 2}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 # Trainings that are killed ----------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def assert_same_result(output: Path, undisturbed: Path) -> None:
     "arguments",
     [
         # The checkpoints at the ends of epochs are saved before their evaluation.
-        pytest.param({"eval_strategy": "epoch", "max_steps": 8}, id="evaluation after saving"),
+        pytest.param({"eval_strategy": "epoch", "save_steps": 4, **TWO_EPOCHS}, id="evaluation after saving"),
         slow({}, id="steps"),
         slow({"gradient_accumulation_steps": 4, "max_steps": 5, "save_steps": 1}, id="accumulation"),
         slow({"eval_on_start": True, "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.5}, id="epochs"),
