@@ -114,8 +114,9 @@ class DartRmtDepthwiseConvolution(nn.Module):
 
     def __init__(self, num_channels: int, kernel_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_channels, 1, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        # Drawn as torch draws the kernel of a convolution.
+        kernel = nn.Conv2d(num_channels, num_channels, kernel_size, groups=num_channels)
+        self.weight, self.bias = kernel.weight, kernel.bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # Both permutations are views: torch stores a map (B, C, h, w) this way in its channels_last format.

@@ -27,8 +27,9 @@ class DartVimConvolution(nn.Module):
 
     def __init__(self, num_channels: int, kernel_size: int, backwards: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_channels, 1, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        # Drawn as torch draws the kernel of a convolution.
+        kernel = nn.Conv1d(num_channels, num_channels, kernel_size, groups=num_channels)
+        self.weight, self.bias = kernel.weight, kernel.bias
         self.backwards = backwards
 
     def forward(self, x: Tensor) -> Tensor:

@@ -127,9 +127,9 @@ class PatchProjection(nn.Module):
 
     def __init__(self, num_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, num_channels, patch_size, patch_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        # Drawn as torch draws the kernel of a convolution.
+        kernel = nn.Conv2d(num_channels, hidden_size, patch_size)
+        self.weight, self.bias = kernel.weight, kernel.bias
 
     def forward(self, patches: Tensor) -> Tensor:
         """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
