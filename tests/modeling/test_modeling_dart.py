@@ -310,7 +310,8 @@ def test_a_distilled_model_loads_with_the_same_or_another_number_of_labels(tmp_p
     model = make_model(**DISTILLED)
     model.save_pretrained(tmp_path)
     loaded = DartForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(pixels()).logits, model(pixels()).logits)
+    # Loaded weights can lie differently in memory, which changes the last bits of a product.
+    torch.testing.assert_close(loaded(pixels()).logits, model(pixels()).logits)
     with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes"):
         DartForImageClassification.from_pretrained(tmp_path, num_labels=7)
     fresh = DartForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
