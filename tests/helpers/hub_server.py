@@ -588,4 +588,4 @@ class _Handler(BaseHTTPRequestHandler):
         raise ConnectionAbortedError("The connection is dropped on purpose.")
 
     def log_message(self, format: str, *values: object) -> None:
-        """Print nothing: the log is `hub.requests`."""
+        """Print nothing."""

@@ -655,11 +655,7 @@ DEAD_SCORER = {"scorer": "squeezenet1_1", "image_size": 64}
         ({"num_channels": 1}, lambda folder: None, "channels"),
         ({}, lambda folder: (folder / "training.json").write_text("{"), "training.json' is damaged"),
         ({}, lambda folder: (folder / "evaluation.json").write_text("[]"), "evaluation.json' is damaged"),
-        (
-            {},
-            lambda folder: (folder / "README.md").write_text("---\ntags: [a\n---\n"),
-            "README.md in the folder cannot",
-        ),
+        ({}, lambda folder: (folder / "README.md").write_text("---\ntags: [\n---\n"), "README.md in the folder cannot"),
         ({}, lambda folder: (folder / "example.png").write_text("no image"), "Cannot read"),
     ],
 )
