@@ -13,7 +13,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_region import RegionConfig
 from .score_statistics import ScoreStatistics
-from .scorer_trunk import build_trunk
+from .scorer_trunk import build_trunk, run_frozen
 from .scorer_weights import download_trunk_weights, read_state_dict, select_trunk_weights
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ class RegionScorer(nn.Module):
         """
         if self.config.scorer_frozen:
             with torch.no_grad():
-                features, finite = zero_unless_finite(self.trunk(pixel_values))
+                features, finite = zero_unless_finite(run_frozen(self.trunk, pixel_values))
         elif self.training:
             self.trunk_loaded.fill_(1)
             pixel_values, finite = zero_unless_finite(pixel_values)

@@ -15,6 +15,8 @@ from .configuration_region import RegionConfig
 # resolution would cost more than all others together.
 CONV_TRUNK = ((24, 7, 4), (48, 3, 2), (96, 3, 2))
 
+PIXELS_AT_ONCE = 4 * 448 * 448  # of a frozen trunk on a CPU
+
 # torchvision name -> the part of the model that is the trunk; then, for each head, the number of its layers that are
 # used (None: all) and the number of channels of the last one.
 TORCHVISION_LAYERS: dict[str, tuple[str, dict[str, tuple[int | None, int]]]] = {
@@ -78,6 +80,14 @@ class TimmTrunk(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model(pixel_values)[-1]
         return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+
+def run_frozen(trunk: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Apply a trunk that mixes no images: (B, C, H, W) -> (B, F, h, w). On a CPU in groups, to bound the memory."""
+    if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return trunk(pixel_values)
+    images = max(1, PIXELS_AT_ONCE // pixel_values.shape[2:].numel())
+    return torch.cat([trunk(group) for group in pixel_values.split(images)])
 
 
 class FoldingSequential(nn.Sequential):

@@ -6,9 +6,10 @@ import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dart_hf.modeling import scorer_trunk
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.configuration_region import TORCHVISION_TRUNKS
-from dart_hf.modeling.scorer_trunk import FoldingSequential, build_trunk, folded_weights
+from dart_hf.modeling.scorer_trunk import FoldingSequential, build_trunk, folded_weights, run_frozen
 
 TRUNKS = (*TORCHVISION_TRUNKS, "conv")
 HEADS = {scorer: ("v1", "v2") if scorer.startswith("mobilenet") else ("v1",) for scorer in TRUNKS}
@@ -170,3 +171,14 @@ def test_subclasses_of_batch_norm_are_not_folded():
     sequence = FoldingSequential(nn.Conv2d(3, 4, 3), Doubling(4)).double().eval()
     plain = FoldingSequential(sequence[0], nn.BatchNorm2d(4)).double().eval()
     torch.testing.assert_close(sequence(pixels()), 2 * plain(pixels()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("images_at_once", "groups"), [(3.9, [3, 3, 1]), (0.5, [1] * 7), (100, [7])])
+def test_frozen_trunk_runs_a_few_images_at_a_time(monkeypatch, images_at_once, groups):
+    trunk, images, sizes = make_trunk("conv"), pixels(7), []
+    expected = trunk(images)
+    monkeypatch.setattr(scorer_trunk, "PIXELS_AT_ONCE", int(images_at_once * 64 * 96))
+    trunk.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    torch.testing.assert_close(run_frozen(trunk, images), expected)
+    assert sizes == groups
