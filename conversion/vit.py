@@ -53,7 +53,7 @@ def convert_vit(
             for timm's default weights of that name. An existing folder wins over a Hub id.
         output: New or empty folder to write. It appears complete or not at all.
         partition: `config.partition` of the result: `"uniform"`, `"flow"` or `"grid"`.
-        scorer: The scorer's trunk (see [`DartConfig`]); the default is the trunk of the preset of about this width.
+        scorer: The scorer (see [`DartConfig`]); the default is that of the preset of about this width.
         scorer_weights: A local file with the trunk's weights, or `"imagenet"`, which the trunk's library downloads.
             The default leaves a pretrained trunk without weights; load some before you train with "flow".
         score_grid_size: Side G of the score grid and of the position table. The default is the number of patches along

@@ -35,6 +35,7 @@ def run_quickstart(
     image_size: int = 112,
     digit_sizes: tuple[int, int] = (28, 48),
     num_patches: int = 49,
+    scorer: str = "conv",
     train_placements: int = 20,
     test_placements: int = 3,
     seed: int = 0,
@@ -50,6 +51,7 @@ def run_quickstart(
         image_size: Side of the images in pixels.
         digit_sizes: Smallest and largest side in pixels of a test digit; training digits can be larger by a third.
         num_patches: Token budget.
+        scorer: The scorer, such as "conv", "detail" or "encoder"; see [`DartConfig`].
         train_placements, test_placements: Number of images that show each training digit, and each test digit.
         seed: Random seed of the images, the initial weights and the order of training.
         report: Called with each line of output.
@@ -70,6 +72,7 @@ def run_quickstart(
         "image_size": image_size,
         "digit_sizes": list(digit_sizes),
         "num_patches": num_patches,
+        "scorer": scorer,
         "train_placements": train_placements,
         "test_placements": test_placements,
         "seed": seed,
@@ -92,7 +95,7 @@ def run_quickstart(
         f"Pasted digits on photographs: {len(train):,} training images, {len(test):,} test images with other digits."
     )
 
-    model, image_processor = small_dart(train.features["label"].names, image_size, num_patches)
+    model, image_processor = small_dart(train.features["label"].names, image_size, num_patches, scorer)
     report(f"Training a DART of {model.num_parameters() / 1e6:.1f} million weights, {num_patches} tokens an image.")
     trainer = train_classifier(model, image_processor, train, test, output, steps, batch_size, learning_rate, seed=seed)
     accuracy_before_saving = trainer.evaluate()["eval_accuracy"]
@@ -131,7 +134,7 @@ Try next:
 
 
 def small_dart(
-    labels: Sequence[str], image_size: int, num_patches: int, **settings: Any
+    labels: Sequence[str], image_size: int, num_patches: int, scorer: str = "conv", **settings: Any
 ) -> tuple[DartForImageClassification, DartImageProcessor]:
     """A DART that is small enough to train on a laptop's processor, and its image processor.
 
@@ -139,6 +142,7 @@ def small_dart(
         labels: Names of the classes.
         image_size: Side of its images in pixels; the image processor resizes and crops others.
         num_patches: Token budget.
+        scorer: The scorer. `"conv"` trains from scratch.
         settings: Other settings of [`DartConfig`].
     """
     config = DartConfig(
@@ -151,7 +155,7 @@ def small_dart(
         image_size=image_size,
         patch_size=8,
         num_patches=num_patches,
-        scorer="conv",
+        scorer=scorer,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         **settings,

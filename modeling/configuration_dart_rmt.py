@@ -89,6 +89,11 @@ class DartRmtConfig(RegionConfig):
                     f"{heads} heads."
                 )
 
+    @property
+    def layer_widths(self) -> list[int]:
+        """Channels after the stem, and after each stage with its step down to the next."""
+        return [*self.hidden_sizes, self.hidden_sizes[-1]]
+
 
 # The settings that have one entry for each stage.
 RMT_STAGE_SETTINGS = [name for name, hint in DartRmtConfig.__annotations__.items() if "tuple" in str(hint)]

@@ -15,9 +15,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TORCHVISION_TRUNKS = ("mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0", "squeezenet1_1")
+# Scorers without a network of their own.
+SCORERS_WITHOUT_TRUNK = ("detail", "encoder")
 # Settings that have a range in every configuration that has them.
 PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
-NOT_NEGATIVE = ("layer_norm_eps", "initializer_range", "first_strip_edge")
+NOT_NEGATIVE = ("layer_norm_eps", "initializer_range", "first_strip_edge", "scorer_layers")
 
 
 def checked(config_class: type) -> type:
@@ -79,11 +81,15 @@ class RegionConfig(PreTrainedConfig):
         score_grid_size: Side G of the score grid and of the position table.
         scorer: Trunk of the scoring network: a torchvision name (`mobilenet_v3_small`, `mobilenet_v3_large`,
             `efficientnet_b0`, `mnasnet1_0`, `squeezenet1_1`), `timm/<name>` for any timm feature extractor, or
-            `"conv"` (a few strided convolutions, trained from scratch).
+            `"conv"` (a few strided convolutions, trained from scratch). Two scorers have no trunk: `"detail"` scores
+            the local contrast, without a network; `"encoder"` reads the model's own first layers, run on a plain grid
+            of the resized image.
+        scorer_layers: How many of its first layers (RMT: stages) the model runs for `scorer="encoder"`. With 0 these
+            are the embedding of patches and positions only (RMT: the stem).
         scorer_head: `"v1"` scores each cell by a small MLP, `"v2"` sums gated channels. The names are those of the
-            published checkpoints.
+            published checkpoints. `"detail"` has a head of its own and ignores this.
         scorer_frozen: Keep the trunk in evaluation mode and without gradient. `None` freezes every trunk except
-            `"conv"`.
+            `"conv"`. Always `True` without a trunk: there is nothing to train but the head.
         score_normalization: How the scores are standardised. `"running"`: by batch statistics in training, and by
             running statistics in evaluation. `"image"`: each image by itself. `"batch"`: by batch statistics, in
             evaluation too (the published rule: an image's tokens depend on the other images of its batch).
@@ -102,6 +108,7 @@ class RegionConfig(PreTrainedConfig):
     partition: Literal["flow", "grid", "uniform"] = "flow"
     score_grid_size: int = 14
     scorer: str = "mobilenet_v3_small"
+    scorer_layers: int = 0
     scorer_head: Literal["v1", "v2"] = "v1"
     scorer_frozen: bool | None = None
     score_normalization: Literal["running", "image", "batch"] = "running"
@@ -109,7 +116,7 @@ class RegionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._warn_of_misspelled(kwargs)
-        if self.scorer_frozen is None:
+        if self.scorer_frozen is None or self.scorer in SCORERS_WITHOUT_TRUNK:
             self.scorer_frozen = self.scorer != "conv"
         super().__post_init__(**kwargs)
         self._check_scorer()
@@ -141,19 +148,31 @@ class RegionConfig(PreTrainedConfig):
             if close:
                 logger.warning(f"{cls.__name__} has no setting {name!r}: it has no effect. Did you mean {close[0]!r}?")
 
+    @property
+    def layer_widths(self) -> list[int]:
+        """Channels of the encoder's map after 0, 1, 2… of its first layers, see [`RegionPreTrainedModel.look`]."""
+        return [self.hidden_size] * (1 + self.num_hidden_layers)
+
     def _check_scorer(self) -> None:
         if self.scorer in TORCHVISION_TRUNKS:
             if self.num_channels != 3:
                 raise ValueError(
-                    f"scorer={self.scorer!r} reads 3 channels, got num_channels={self.num_channels}: use scorer='conv' "
-                    "or a 'timm/<name>' trunk."
+                    f"scorer={self.scorer!r} reads 3 channels, got num_channels={self.num_channels}: use "
+                    "scorer='conv', 'detail', 'encoder' or a 'timm/<name>' trunk."
                 )
         elif self.scorer == "timm/":
             raise ValueError("scorer='timm/' names no timm model, e.g. 'timm/resnet18'.")
-        elif self.scorer != "conv" and not self.scorer.startswith("timm/"):
+        elif self.scorer not in ("conv", *SCORERS_WITHOUT_TRUNK) and not self.scorer.startswith("timm/"):
             raise ValueError(
-                f"scorer={self.scorer!r} is unknown: accepted are 'conv', 'timm/<name>', "
+                f"scorer={self.scorer!r} is unknown: accepted are 'conv', 'detail', 'encoder', 'timm/<name>', "
                 f"{', '.join(map(repr, TORCHVISION_TRUNKS))}."
+            )
+        if self.scorer_layers and self.scorer != "encoder":
+            raise ValueError(f"scorer_layers={self.scorer_layers} needs scorer='encoder', got {self.scorer!r}.")
+        if self.scorer_layers and self.scorer_layers >= len(self.layer_widths):
+            raise ValueError(
+                f"scorer_layers must be at most {len(self.layer_widths) - 1}, as many as the encoder has, got "
+                f"{self.scorer_layers}."
             )
 
     def _check_activation(self) -> None:

@@ -4,20 +4,25 @@ from torch import Tensor
 
 from .region_partition import Regions, check_grid_budget, grid_regions
 from .region_sampling import patch_images, sample_regions
+from .region_scorer import Look
 from .region_tokenizer import RegionPartitioner, channels_last
 
 
 class ImageRebuilder(RegionPartitioner):
     """Rebuilds an image from the regions of a grid. Busy parts of the image become larger."""
 
-    def forward(self, pixel_values: Tensor, num_patches: int | None = None) -> tuple[Tensor, Regions]:
+    def forward(
+        self, pixel_values: Tensor, num_patches: int | None = None, look: Look | None = None
+    ) -> tuple[Tensor, Regions]:
         """Rebuild images (B, C, H, W) as (B, C, P·R, P·C), from R·C regions; and return the regions.
+
+        `look` is the model's method of this name, which `scorer="encoder"` needs.
 
         Raises:
             ValueError: See [`ImageRebuilder.check`].
         """
         pixel_values = channels_last(pixel_values)
-        regions = self.regions(pixel_values, num_patches)
+        regions = self.regions(pixel_values, num_patches, look)
         return self.rebuild(pixel_values, regions), regions
 
     def rebuild(self, pixel_values: Tensor, regions: Regions) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart import DartConfig
@@ -157,8 +157,8 @@ class DartModel(DartPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: Tensor,
@@ -183,35 +183,42 @@ class DartModel(DartPreTrainedModel):
         Raises:
             ValueError: See [`RegionPartitioner.check`].
         """
-        tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
-        hidden_states = self.encode(tokens, class_position, class_token_only, **kwargs)
-        return DartModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=hidden_states[:, 0],
-            regions=regions if output_regions else None,
-        )
+        tokens, class_position, regions = self.tokenizer(pixel_values, num_patches, self.look)
+        outputs = self.encode(tokens, class_position, class_token_only, return_dict=True, **kwargs)
+        outputs.regions = regions if output_regions else None
+        return outputs
 
+    # Not `forward`, in which the layers also run for the scorer "encoder".
+    @capture_outputs(tie_last_hidden_states=False)
     def encode(
         self,
         tokens: Tensor,
         class_position: Tensor,
         class_token_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, P + N, D).
+    ) -> DartModelOutput:
+        """Encode tokens (B, N, D), given the class token's position (1, 1, D); see [`forward`]."""
+        hidden_states = self.dropout(self.with_prefix(tokens, class_position))
+        num_queries = hidden_states.shape[1] - tokens.shape[1] if class_token_only else None
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(self.layers[-1](hidden_states, num_queries=num_queries, **kwargs))
+        return DartModelOutput(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
 
-        P counts the class token and, if there is one, the distillation token. With `class_token_only` (B, P, D).
-        """
+    def with_prefix(self, tokens: Tensor, class_position: Tensor) -> Tensor:
+        """Tokens (B, N, D), after the class token and, if there is one, the distillation token."""
         prefix = self.cls_token.to(class_position.device) + class_position
         if self.distillation_token is not None:
             prefix = torch.cat([prefix, self.distillation_token.to(prefix.device)], dim=1)
-        hidden_states = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        hidden_states = self.dropout(hidden_states)
-        for layer in self.layers[:-1]:
-            hidden_states = layer(hidden_states, **kwargs)
-        num_queries = prefix.shape[1] if class_token_only else None
-        hidden_states = self.layers[-1](hidden_states, num_queries=num_queries, **kwargs)
-        return self.layernorm(hidden_states)
+        return torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+
+    def first_layers(self, images: Tensor, num_layers: int) -> Tensor:
+        tokens, class_position = self.tokenizer.embed_grid(images)
+        hidden_states = self.with_prefix(tokens, class_position)
+        for layer in self.layers[:num_layers]:
+            hidden_states = layer(hidden_states)
+        grid = (self.config.score_grid_size, self.config.score_grid_size)
+        return hidden_states[:, -tokens.shape[1] :].transpose(1, 2).unflatten(2, grid)
 
 
 class DartForImageClassification(ImageClassifierMixin, DartPreTrainedModel):

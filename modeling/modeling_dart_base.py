@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -16,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_region import RegionConfig
 from .region_partition import Regions
-from .region_scorer import DEAD_SCORER, RegionScorer
+from .region_scorer import DEAD_SCORER, GainAndOffset, RegionScorer
 from .region_tokenizer import PatchProjection, RegionTokenizer
 from .score_statistics import ScoreStatistics
 
@@ -68,6 +69,9 @@ class RegionPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, GainAndOffset):
+            init.ones_(module.gain)
+            init.zeros_(module.offset)
         elif isinstance(module, RegionTokenizer):
             init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, (nn.Linear, nn.Conv2d, PatchProjection)):
@@ -118,6 +122,41 @@ class RegionPreTrainedModel(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """The dtype of the encoder. transformers would take the first weights, which are the scorer's float32."""
         return next(self.get_input_embeddings().parameters()).dtype
+
+    def score(self, pixel_values: Tensor) -> Tensor:
+        """The scores that the regions follow: (B, C, H, W) -> (B, G, G)."""
+        return self.base_model.tokenizer.score(pixel_values, self.look)
+
+    @torch.no_grad()
+    def look(self, pixel_values: Tensor, num_layers: int) -> Tensor:
+        """The map of the first layers on a plain grid of small images, which `scorer="encoder"` reads.
+
+        The images (B, C, H, W) are resized to P·G pixels a side, for G×G patches of P pixels, and the map to G×G cells:
+        (B, D, G, G). The layers run in evaluation mode with their weights of the moment, and learn nothing from this.
+
+        Args:
+            pixel_values: Normalised, in float32 or float64. So is the map, whatever the precision of the layers.
+            num_layers: The number of layers, from 0.
+        """
+        grid_size = self.config.score_grid_size
+        images = resized(pixel_values, grid_size * self.config.patch_size)
+        training = [module for module in self.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            # The layers may be on another device.
+            return resized(self.base_model.first_layers(images, num_layers).to(images), grid_size)
+        finally:
+            for module in training:
+                module.training = True
+
+    def first_layers(self, images: Tensor, num_layers: int) -> Tensor:
+        """Embedding and first layers, for [`look`]: images (B, C, P·G, P·G) -> a map (B, D, h, w).
+
+        Every base model has this method. D is `config.layer_widths[num_layers]`. The map need not have G×G cells, and
+        holds no class token.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `first_layers`, so scorer='encoder' cannot be used.")
 
     def load_pretrained_scorer(self, source: str | Path | None = None) -> None:
         """Give the scorer's trunk ImageNet weights, from its library's download or from a local file.
@@ -204,6 +243,13 @@ class ImageClassifierMixin:
     def classify(self, outputs: DartModelOutput) -> DartImageClassifierOutput:
         """Outputs of the base model -> logits."""
         return DartImageClassifierOutput(logits=self.classifier(outputs.pooler_output))
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images or maps (B, C, h, w) at `size` × `size`, bilinear and without aliasing."""
+    if images.shape[2:] == (size, size):
+        return images
+    return interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def build_classifier(num_features: int, num_labels: int) -> nn.Module:

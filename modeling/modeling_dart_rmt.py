@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart_rmt import DartRmtConfig
@@ -320,8 +320,8 @@ class DartRmtModel(DartRmtPreTrainedModel):
         self.pooler = DartRmtPooler(config)
         self.post_init()
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: Tensor,
@@ -345,17 +345,22 @@ class DartRmtModel(DartRmtPreTrainedModel):
         Raises:
             ValueError: See [`ImageRebuilder.check`].
         """
-        images, regions = self.tokenizer(pixel_values, num_patches)
-        features = self.encode(images)
-        return DartModelOutput(
-            last_hidden_state=features, pooler_output=self.pooler(features), regions=regions if output_regions else None
-        )
+        images, regions = self.tokenizer(pixel_values, num_patches, self.look)
+        outputs = self.encode(images, return_dict=True, **kwargs)
+        outputs.regions = regions if output_regions else None
+        return outputs
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, c, P·R, P·C), rebuilt or not -> the map of the last stage (B, C, h, w)."""
+    # Not `forward`, in which the stages also run for the scorer "encoder".
+    @capture_outputs(tie_last_hidden_states=False)
+    def encode(self, images: Tensor, **kwargs: Unpack[TransformersKwargs]) -> DartModelOutput:
+        """Encode images (B, c, P·R, P·C), rebuilt or not; see [`forward`]."""
+        features = self.first_layers(images, len(self.stages))
+        return DartModelOutput(last_hidden_state=features, pooler_output=self.pooler(features))
+
+    def first_layers(self, images: Tensor, num_layers: int) -> Tensor:
         # In this layout a map (B, C, h, w) is a view of (B, h, w, C).
         features = self.stem(channels_last(images))
-        for stage in self.stages:
+        for stage in self.stages[:num_layers]:
             features = stage(features)
         return features
 

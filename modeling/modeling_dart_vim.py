@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart_vim import DartVimConfig
@@ -188,8 +188,8 @@ class DartVimModel(DartVimPreTrainedModel):
         self.norm = DartVimNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: Tensor,
@@ -212,27 +212,42 @@ class DartVimModel(DartVimPreTrainedModel):
         Raises:
             ValueError: See [`RegionPartitioner.check`].
         """
-        tokens, class_position, regions = self.tokenizer(pixel_values, num_patches)
-        hidden_states = self.encode(tokens, class_position)
+        tokens, class_position, regions = self.tokenizer(pixel_values, num_patches, self.look)
+        outputs = self.encode(tokens, class_position, return_dict=True, **kwargs)
+        outputs.regions = regions if output_regions else None
+        return outputs
+
+    # Not `forward`, in which the layers also run for the scorer "encoder".
+    @capture_outputs(tie_last_hidden_states=False)
+    def encode(self, tokens: Tensor, class_position: Tensor, **kwargs: Unpack[TransformersKwargs]) -> DartModelOutput:
+        """Encode tokens (B, N, D), given the class token's position (1, 1, D); see [`forward`]."""
+        residual = self.with_class_token(tokens, class_position)
+        for layer in self.layers:
+            residual = layer(residual)
+        hidden_states = self.norm(residual)
         # A slice, because with an index `torch.compile` would make a graph for each number of tokens.
         middle = tokens.shape[1] // 2
         return DartModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=hidden_states[:, middle : middle + 1].squeeze(1),
-            regions=regions if output_regions else None,
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, middle : middle + 1].squeeze(1)
         )
 
-    def encode(self, tokens: Tensor, class_position: Tensor) -> Tensor:
-        """Tokens (B, N, D) and the class token's position (1, 1, D) -> normalised hidden states (B, N + 1, D)."""
+    def with_class_token(self, tokens: Tensor, class_position: Tensor) -> Tensor:
+        """Tokens (B, N, D), with the class token in their middle, in float32 at least."""
         middle = tokens.shape[1] // 2
         class_token = self.cls_token.to(class_position.device) + class_position
         class_token = class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         residual = torch.cat([tokens[:, :middle], class_token, tokens[:, middle:]], dim=1)
         # In half precision the sum over all layers would round away the small terms of single layers.
-        residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        for layer in self.layers:
+        return residual.to(torch.promote_types(residual.dtype, torch.float32))
+
+    def first_layers(self, images: Tensor, num_layers: int) -> Tensor:
+        tokens, class_position = self.tokenizer.embed_grid(images)
+        residual = self.with_class_token(tokens, class_position)
+        for layer in self.layers[:num_layers]:
             residual = layer(residual)
-        return self.norm(residual)
+        middle, grid = tokens.shape[1] // 2, (self.config.score_grid_size, self.config.score_grid_size)
+        residual = torch.cat([residual[:, :middle], residual[:, middle + 1 :]], dim=1)
+        return residual.transpose(1, 2).unflatten(2, grid)
 
 
 class DartVimForImageClassification(ImageClassifierMixin, DartVimPreTrainedModel):

@@ -1,4 +1,4 @@
-"""Scorer: pixel values -> scores. A convolutional trunk, a head, and the standardisation of its logits."""
+"""Scorer: pixel values -> scores. A trunk, a head, and the standardisation of its logits."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,14 +11,23 @@ from transformers import initialization as init
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_region import RegionConfig
+from .configuration_region import SCORERS_WITHOUT_TRUNK, RegionConfig
 from .score_statistics import ScoreStatistics
 from .scorer_trunk import build_trunk, run_frozen
 from .scorer_weights import download_trunk_weights, read_state_dict, select_trunk_weights
 
 logger = logging.get_logger(__name__)
 
+# (B, C, H, W) and a number of layers -> a map (B, D, G, G).
+Look = Callable[[Tensor, int], Tensor]
+
 HEAD_HIDDEN_SIZE = 96
+# Scorers without pretrained weights, and why.
+WITHOUT_WEIGHTS = {
+    "conv": "it is trained with the model",
+    "detail": "it computes the local contrast",
+    "encoder": "it reads the model's own first layers",
+}
 DEAD_SCORER = (
     "The scorer is dead: its trunk {scorer!r} is frozen and has random weights, so the regions do not follow the "
     "image; load a checkpoint, call model.load_pretrained_scorer(), or let it train with model.freeze_scorer(False)."
@@ -36,9 +45,11 @@ class RegionScorer(nn.Module):
         super().__init__()
         self.config = config
         self.trunk, num_features = build_trunk(config)
-        if config.scorer_head == "v1":
+        if config.scorer == "detail":
+            self.head: nn.Module = DetailHead()
+        elif config.scorer_head == "v1":
             hidden_size = num_features if config.scorer.startswith("mobilenet") else HEAD_HIDDEN_SIZE
-            self.head: nn.Module = PerCellHead(num_features, hidden_size)
+            self.head = PerCellHead(num_features, hidden_size)
         else:
             self.head = ChannelGateHead(num_features)
         self.statistics = ScoreStatistics()
@@ -49,7 +60,7 @@ class RegionScorer(nn.Module):
         self.register_load_state_dict_pre_hook(adopt_running_rule)
         self.set_frozen(config.scorer_frozen)
         # The model may be built in half precision: `_apply` raises it.
-        self.to(self.head.fc1.weight.dtype)
+        self.to(next(self.head.parameters()).dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RegionScorer":
         """Move or cast the scorer, as torch does for every module, but to no precision below float32."""
@@ -63,8 +74,8 @@ class RegionScorer(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     def set_frozen(self, frozen: bool) -> None:
-        """Keep the trunk in evaluation mode and without gradient, or let it train."""
-        self.config.scorer_frozen = frozen
+        """Keep the trunk in evaluation mode and without gradient, or let it train; no effect without a trunk."""
+        self.config.scorer_frozen = frozen or self.config.scorer in SCORERS_WITHOUT_TRUNK
         self.trunk.requires_grad_(not frozen)
         self.train(self.training)
 
@@ -74,11 +85,19 @@ class RegionScorer(nn.Module):
             self.trunk.eval()
         return self
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, look: Look | None = None) -> Tensor:
         """(B, C, H, W) -> scores (B, G, G) in float32 at least.
 
         An image whose logits are constant, infinite or NaN gets constant scores. When a trunk trains, its BatchNorm
         sees zeros in place of an image with infinite or NaN pixels.
+
+        Args:
+            pixel_values: Floating point, normalised.
+            look: The model's method [`RegionPreTrainedModel.look`]. Only `scorer="encoder"` reads it. The scorer keeps
+                no reference to the model, whose part it is.
+
+        Raises:
+            ValueError: `scorer="encoder"` without `look`.
         """
         # Once per model, because reading the flag waits for the device.
         if not torch.compiler.is_compiling() and not self._trunk_checked:
@@ -87,7 +106,12 @@ class RegionScorer(nn.Module):
         with maybe_autocast(pixel_values.device.type, enabled=False):
             # A replica of nn.DataParallel has no parameters.
             weight = next(self.trunk.parameters(), self.statistics.running_mean)
-            features, finite = self.features(pixel_values.to(weight.dtype))
+            pixel_values = pixel_values.to(weight.dtype)
+            if self.config.scorer == "encoder":
+                if look is None:
+                    raise ValueError("scorer='encoder' needs the model's method `look` as an argument, got None.")
+                pixel_values = look(pixel_values, self.config.scorer_layers)
+            features, finite = self.features(pixel_values)
             logits = torch.where(finite, self.head(features), torch.nan)
             # FSDP's mixed precision casts the weights without asking the module.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -123,12 +147,12 @@ class RegionScorer(nn.Module):
         Raises:
             FileNotFoundError: `source` does not exist.
             OSError: The download failed.
-            ValueError: The "conv" trunk has no pretrained weights; or a tensor of the file is missing or has another
-                shape.
+            ValueError: "conv", "detail" and "encoder" have no pretrained weights; or a tensor of the file is missing
+                or has another shape.
         """
         name = self.config.scorer
-        if name == "conv":
-            raise ValueError("scorer='conv' has no pretrained weights: it is trained with the model.")
+        if name in WITHOUT_WEIGHTS:
+            raise ValueError(f"scorer={name!r} has no pretrained weights: {WITHOUT_WEIGHTS[name]}.")
         expected = self.trunk.state_dict()
         if source is not None:
             weights = select_trunk_weights(read_state_dict(Path(source)), name, expected, str(source))
@@ -159,8 +183,9 @@ class RegionScorer(nn.Module):
 
     @property
     def is_dead(self) -> bool:
-        """True if the trunk is frozen and never got weights."""
-        return bool(self.config.scorer_frozen) and self.trunk_loaded.item() == 0
+        """True if the trunk is frozen and never got weights. A scorer without a trunk is never dead."""
+        has_trunk = self.config.scorer not in SCORERS_WITHOUT_TRUNK
+        return has_trunk and bool(self.config.scorer_frozen) and self.trunk_loaded.item() == 0
 
 
 def adopt_running_rule(scorer: RegionScorer, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -210,6 +235,31 @@ class ChannelGateHead(nn.Module):
     def squash(standardized: Tensor) -> Tensor:
         """Standardised logits -> scores in (0, 1)."""
         return (2 * standardized).sigmoid()
+
+
+class DetailHead(nn.Module):
+    """The contrast of each cell is its logit. What is learned comes after the standardisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squash = GainAndOffset()
+
+    def forward(self, contrast: Tensor) -> Tensor:
+        """(B, 1, G, G) -> logits (B, G, G)."""
+        return contrast.squeeze(1)
+
+
+class GainAndOffset(nn.Module):
+    """Standardised logits, times a gain, plus an offset -> scores in (0.1, 1.1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of one element, because FSDP shards no scalar.
+        self.gain = nn.Parameter(torch.ones(1))
+        self.offset = nn.Parameter(torch.zeros(1))
+
+    def forward(self, standardized: Tensor) -> Tensor:
+        return PerCellHead.squash(standardized * self.gain + self.offset)
 
 
 def zero_unless_finite(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ from torch.nn.functional import linear
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_region import RegionConfig, RegionTokenizerConfig
-from .region_partition import PARTITIONS, Regions, check_grid_budget, position_weights
+from .region_partition import PARTITIONS, Regions, check_grid_budget, position_weights, uniform_regions
 from .region_sampling import sample_regions
-from .region_scorer import RegionScorer
+from .region_scorer import Look, RegionScorer
 
 
 class RegionPartitioner(nn.Module):
@@ -21,20 +21,22 @@ class RegionPartitioner(nn.Module):
         self.config = config
         self.scorer = RegionScorer(config)
 
-    def regions(self, pixel_values: Tensor, num_patches: int | None) -> Regions:
+    def regions(self, pixel_values: Tensor, num_patches: int | None, look: Look | None = None) -> Regions:
         """The regions of images (B, C, H, W). The default of `num_patches` is `config.num_patches`.
+
+        `look` is the model's method of this name, which `scorer="encoder"` needs.
 
         Raises:
             ValueError: See [`RegionPartitioner.check`].
         """
         num_patches = self.config.num_patches if num_patches is None else num_patches
         self.check(pixel_values, num_patches)
-        return self.partition(self.score(pixel_values), num_patches, *pixel_values.shape[2:])
+        return self.partition(self.score(pixel_values, look), num_patches, *pixel_values.shape[2:])
 
-    def score(self, pixel_values: Tensor) -> Tensor:
+    def score(self, pixel_values: Tensor, look: Look | None = None) -> Tensor:
         """(B, C, H, W) -> scores (B, G, G) in float32 at least; ones for the uniform partition."""
         if self.config.partition != "uniform":
-            return self.scorer(pixel_values)
+            return self.scorer(pixel_values, look)
         grid = (pixel_values.shape[0], self.config.score_grid_size, self.config.score_grid_size)
         return pixel_values.new_ones(grid, dtype=self.scorer.statistics.running_mean.dtype)
 
@@ -82,12 +84,15 @@ class RegionTokenizer(RegionPartitioner):
         # The first row belongs to the class token, the others to the cells of the score grid.
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.score_grid_size**2, config.hidden_size))
 
-    def forward(self, pixel_values: Tensor, num_patches: int | None = None) -> tuple[Tensor, Tensor, Regions]:
+    def forward(
+        self, pixel_values: Tensor, num_patches: int | None = None, look: Look | None = None
+    ) -> tuple[Tensor, Tensor, Regions]:
         """Tokenize a batch of images.
 
         Args:
             pixel_values: (B, C, H, W), floating point, normalised.
             num_patches: Token budget N. The default is `config.num_patches`.
+            look: The model's method of this name, which `scorer="encoder"` needs.
 
         Returns:
             Tokens with their position embeddings added, (B, N, D), in the order of the regions; the position embedding
@@ -98,7 +103,7 @@ class RegionTokenizer(RegionPartitioner):
         """
         # Convolutions run faster in this layout, and sampling reads whole rows of it.
         pixel_values = channels_last(pixel_values)
-        regions = self.regions(pixel_values, num_patches)
+        regions = self.regions(pixel_values, num_patches, look)
         # A copy, because FSDP frees the table's memory after this unit.
         return self.embed(pixel_values, regions), self.position_embeddings[:, :1].clone(), regions
 
@@ -106,6 +111,13 @@ class RegionTokenizer(RegionPartitioner):
         """The tokens of the regions of (B, C, H, W), with their positions added: (B, N, D)."""
         patches = sample_regions(pixel_values.to(self.projection.weight.dtype), regions, self.config.patch_size)
         return self.projection(patches) + self.positions(regions)
+
+    def embed_grid(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, P·G, P·G), cut into plain patches -> tokens (B, G·G, D), class token's position (1, 1, D)."""
+        grid_size = self.config.score_grid_size
+        scores = images.new_ones(images.shape[0], grid_size, grid_size)
+        regions = uniform_regions(scores, grid_size**2, *images.shape[2:])
+        return self.embed(images, regions), self.position_embeddings[:, :1]
 
     def positions(self, regions: Regions) -> Tensor:
         """The position table averaged over every region: (B, N, D)."""

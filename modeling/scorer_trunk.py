@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from .configuration_region import RegionConfig
+from .region_partition import band_weights
 
 # (width, kernel size, stride) of each convolution of the "conv" trunk. The first stride is 4, because a layer at half
 # resolution would cost more than all others together.
 CONV_TRUNK = ((24, 7, 4), (48, 3, 2), (96, 3, 2))
 
 PIXELS_AT_ONCE = 4 * 448 * 448  # of a frozen trunk on a CPU
+
+# Added to the contrast of a cell before its logarithm is taken. Differences of half a grey level, which is 0.01 in
+# normalised pixel values, are noise.
+CONTRAST_FLOOR = 0.01
 
 # torchvision name -> the part of the model that is the trunk; then, for each head, the number of its layers that are
 # used (None: all) and the number of channels of the last one.
@@ -36,6 +41,11 @@ def build_trunk(config: RegionConfig) -> tuple[nn.Module, int]:
     """
     if config.scorer == "conv":
         return folding(ConvTrunk(config.num_channels)), CONV_TRUNK[-1][0]
+    if config.scorer == "detail":
+        return DetailTrunk(config), 1
+    if config.scorer == "encoder":
+        # The model itself computes the map.
+        return nn.Identity(), config.layer_widths[config.scorer_layers]
     if config.scorer.startswith("timm/"):
         trunk = TimmTrunk(config)
         return folding(trunk), trunk.num_features
@@ -58,6 +68,35 @@ class ConvTrunk(nn.Sequential):
             layers.append(nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
             num_channels = width
         super().__init__(*layers)
+
+
+class DetailTrunk(nn.Module):
+    """The logarithm of the local contrast, without weights: (B, C, H, W) -> (B, 1, G, G), in float32 at least.
+
+    The contrast of a cell is the mean absolute difference of the luminance of neighbouring pixels: of horizontal
+    neighbours plus of vertical ones. The differences are spread evenly over the image, and each counts in a cell by its
+    share there, so any size is exact, also one below G. An image one pixel wide has no horizontal neighbours.
+    """
+
+    def __init__(self, config: RegionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        if pixels.shape[1] == 3:
+            red, green, blue = pixels.unbind(1)
+            luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+        else:
+            luminance = pixels.mean(dim=1)
+        contrast = self.cell_means(luminance.diff(dim=2).abs()) + self.cell_means(luminance.diff(dim=1).abs())
+        return (contrast + CONTRAST_FLOOR).log().unsqueeze(1)
+
+    def cell_means(self, values: Tensor) -> Tensor:
+        """The means of a map (B, h, w) over G×G equal cells: (B, G, G)."""
+        edges = torch.arange(self.config.score_grid_size + 1, device=values.device, dtype=values.dtype)[None]
+        rows, columns = (band_weights(edges, size) for size in values.shape[1:])
+        return rows @ values @ columns.mT
 
 
 class TimmTrunk(nn.Module):

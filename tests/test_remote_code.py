@@ -52,9 +52,12 @@ def run_without_dart_hf(folder, directory):
     return found
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
-def test_loads_without_dart_hf(model_type, tmp_path):
-    model = tiny_classifier(("ant", "bee", "cicada"), model_type)
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [*((model_type, {}) for model_type in ENCODERS), ("dart", {"scorer": "encoder", "scorer_layers": 1})],
+)
+def test_loads_without_dart_hf(model_type, settings, tmp_path):
+    model = tiny_classifier(("ant", "bee", "cicada"), model_type, **settings)
     # The code is a module of the folder's name.
     folder = tmp_path / "modèle (1)"
     model.save_pretrained(folder)

@@ -9,6 +9,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from dart_hf.modeling.configuration_region import SCORERS_WITHOUT_TRUNK
 from dart_hf.presets import preset_config
 
 NUM_LABELS = 1000
@@ -56,18 +57,23 @@ class BenchmarkModel:
         size: `"Ti"`, `"S"` or `"B"`, for a DART also with the name of another encoder, such as `"Vim-Ti"`.
         image_size: Side of its images in pixels.
         num_patches: Tokens per image, without the class token.
+        scorer: A DART's scorer; by default that of the preset.
     """
 
     family: str
     size: str
     image_size: int
     num_patches: int
+    scorer: str | None = None
 
     @property
     def name(self) -> str:
-        """`DART-<size>@<tokens>`, timm's `DeiT-<size>@<pixels>`, transformers' `ViT-<size>@<pixels>`."""
+        """`DART-<size>@<tokens>`, timm's `DeiT-<size>@<pixels>`, transformers' `ViT-<size>@<pixels>`.
+
+        A DART with another scorer than its preset's is `DART-<size>@<tokens>/<scorer>`.
+        """
         if self.family == "DART":
-            return f"DART-{self.size}@{self.num_patches}"
+            return f"DART-{self.size}@{self.num_patches}" + (f"/{self.scorer}" if self.scorer else "")
         return f"{'DeiT' if self.family == 'timm' else 'ViT'}-{self.size}@{self.image_size}"
 
     def build(self, attention: str = "sdpa") -> nn.Module:
@@ -82,6 +88,7 @@ class BenchmarkModel:
                 num_patches=self.num_patches,
                 image_size=self.image_size,
                 num_labels=NUM_LABELS,
+                **({"scorer": self.scorer} if self.scorer else {}),
             )
             # Vision Mamba has no attention, and its class refuses the argument.
             chosen = {} if config.model_type == "dart_vim" else {"attn_implementation": attention}
@@ -115,6 +122,11 @@ def benchmark_models() -> list[BenchmarkModel]:
             for budget in budgets
         ),
         *(
+            BenchmarkModel("DART", size, DART_IMAGE_SIZE, budget, scorer)
+            for size, budget in (("Ti", 196), ("S", 392))
+            for scorer in SCORERS_WITHOUT_TRUNK
+        ),
+        *(
             BenchmarkModel(family, size, image_size, (image_size // PATCH_SIZE) ** 2)
             for family in ("timm", "transformers")
             for size, image_size in plain
@@ -125,12 +137,18 @@ def benchmark_models() -> list[BenchmarkModel]:
 def choose_models(patterns: Sequence[str]) -> list[BenchmarkModel]:
     """The models whose names match one of the patterns.
 
+    Names with a scorer match only patterns with one, such as `"DART-*/detail"`: `"*"` are the models of the paper.
+
     Raises:
         ValueError: A pattern matches no model.
     """
     known = benchmark_models()
     for pattern in patterns:
-        if not any(fnmatch(entry.name, pattern) for entry in known):
+        if not any(_matches(entry.name, pattern) for entry in known):
             names = ", ".join(entry.name for entry in known)
             raise ValueError(f"models={pattern!r} matches no model; accepted are patterns of {names}.")
-    return [entry for entry in known if any(fnmatch(entry.name, pattern) for pattern in patterns)]
+    return [entry for entry in known if any(_matches(entry.name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")

@@ -176,7 +176,7 @@ def parts_of(model: PreTrainedModel, images: torch.Tensor, settings: Settings) -
     rebuilds = isinstance(tokenizer, ImageRebuilder)
 
     def score(images: torch.Tensor) -> torch.Tensor:
-        return tokenizer.score(images.contiguous(memory_format=torch.channels_last))
+        return model.score(images.contiguous(memory_format=torch.channels_last))
 
     def partition(scores: torch.Tensor) -> Any:
         return tokenizer.partition(scores, num_patches, *size)
@@ -185,7 +185,7 @@ def parts_of(model: PreTrainedModel, images: torch.Tensor, settings: Settings) -
         scores = score(images)
         regions = partition(scores)
         channels_last = images.contiguous(memory_format=torch.channels_last)
-        inputs = tokenizer(images)[:-1]
+        inputs = tokenizer(images, look=model.base_model.look)[:-1]
     arguments = ((images,), (scores,), (channels_last, regions), inputs)
     steps = (score, partition, tokenizer.rebuild if rebuilds else tokenizer.embed, _encoder_and_head(model))
     return {
@@ -198,9 +198,9 @@ def _encoder_and_head(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
     """A function of the tokenizer's outputs but the regions, which returns the logits."""
     base, classifier = model.base_model, model.classifier
     return {
-        "dart": lambda tokens, place: classifier(base.encode(tokens, place, class_token_only=True)[:, 0]),
-        "dart_vim": lambda tokens, place: classifier(base.encode(tokens, place)[:, tokens.shape[1] // 2]),
-        "dart_rmt": lambda rebuilt: classifier(base.pooler(base.encode(rebuilt))),
+        "dart": lambda tokens, place: classifier(base.encode(tokens, place, class_token_only=True).pooler_output),
+        "dart_vim": lambda tokens, place: classifier(base.encode(tokens, place).pooler_output),
+        "dart_rmt": lambda rebuilt: classifier(base.encode(rebuilt).pooler_output),
     }[model.config.model_type]
 
 

@@ -21,6 +21,7 @@ def benchmark(
             metavar="NAMES",
             help="Names or patterns, separated by commas: DART-Ti@… and DART-S@… with 121, 196, 288 or 392 tokens, "
             "DART-Vim-Ti@… and DART-Vim-S@… with 196 or 392, DART-RMT-S@196 and DART-RMT-L6@196; "
+            "DART-Ti@196 and DART-S@392 with another scorer, only if named: /detail or /encoder; "
             "DeiT-… (timm) and ViT-… (transformers) as Ti@, S@ and B@224, S@384, S@448 pixels.",
         ),
     ] = "*",

@@ -43,7 +43,7 @@ def convert(
         ),
     ] = None,
     scorer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="vit: the scorer's trunk. Default: the trunk of the preset.")
+        str | None, typer.Option(metavar="NAME", help="vit: the scorer. Default: that of the preset.")
     ] = None,
     scorer_weights: Annotated[
         str | None,

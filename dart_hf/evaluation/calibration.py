@@ -20,7 +20,6 @@ from dart_hf.data.collator import IGNORED_LABEL, ImageClassificationCollator
 from dart_hf.data.image_data import load_image_data
 from dart_hf.files import atomic_folder, check_output_folder
 from dart_hf.hub.loading import load_model
-from dart_hf.modeling.region_scorer import RegionScorer
 from dart_hf.modeling.score_statistics import batch_moments
 
 
@@ -106,7 +105,7 @@ def calibrate_scores(
         readable = batch["labels"] != IGNORED_LABEL
         calibration.num_unreadable += int((~readable).sum())
         if readable.any():
-            calibration.add(*raw_scores(model.scorer, batch["pixel_values"][readable].to(model.device)))
+            calibration.add(*raw_scores(model, batch["pixel_values"][readable].to(model.device)))
             num_batches += 1
     if not calibration.num_images:
         raise ValueError(f"None of the {len(images)} images gives scores to calibrate with.")
@@ -120,7 +119,7 @@ def calibrate_scores(
 
 
 @torch.inference_mode()
-def raw_scores(scorer: RegionScorer, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def raw_scores(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores of images (B, C, H, W) before they are standardised.
 
     Returns:
@@ -128,12 +127,12 @@ def raw_scores(scorer: RegionScorer, pixel_values: torch.Tensor) -> tuple[torch.
         infinite nor NaN.
     """
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hook = scorer.statistics.register_forward_hook(lambda _, given, result: seen.append((given[0], result)))
-    before, scorer.config.score_normalization = scorer.config.score_normalization, "image"
+    hook = model.scorer.statistics.register_forward_hook(lambda _, given, result: seen.append((given[0], result)))
+    before, model.config.score_normalization = model.config.score_normalization, "image"
     try:
-        scorer(pixel_values)
+        model.score(pixel_values)
     finally:
-        scorer.config.score_normalization = before
+        model.config.score_normalization = before
         hook.remove()
     ((logits, standardized),) = seen
     # Unusable scores are standardised to zeros. Usable ones have at least two cells that differ from the mean.

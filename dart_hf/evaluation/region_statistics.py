@@ -64,7 +64,8 @@ def count_regions_on_boxes(
 def _mean_count(model: PreTrainedModel, image_processor: BaseImageProcessor, data: Dataset) -> float:
     def count(rows: dict[str, Any]) -> torch.Tensor:
         pixel_values = image_processor(rows["image"], return_tensors="pt")["pixel_values"].to(model.device)
-        _, _, regions = model.base_model.tokenizer(pixel_values)
+        base = model.base_model
+        regions = base.tokenizer.regions(pixel_values, num_patches=None, look=base.look)
         return regions_on_boxes(regions, torch.tensor(rows["box"]))
 
     return torch.cat([count(rows) for rows in data.iter(BATCH_SIZE)]).double().mean().item()

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from dart_hf.hub.records import Measurement, Metric, Records, find_measurement
+from dart_hf.modeling.configuration_region import SCORERS_WITHOUT_TRUNK
 
 PAPER = "https://arxiv.org/abs/2506.10390"
 CITATION = """\
@@ -191,7 +192,7 @@ outputs = model(**inputs, num_patches={model.config.num_patches}, output_regions
 
 def _facts(model: PreTrainedModel) -> str:
     config = model.config
-    frozen = ", frozen" if config.scorer_frozen else ""
+    frozen = ", frozen" if config.scorer_frozen and config.scorer not in SCORERS_WITHOUT_TRUNK else ""
     rows = {
         "Parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "Image size": f"{config.image_size} × {config.image_size} pixels",

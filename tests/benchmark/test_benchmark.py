@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dart_hf.benchmark import Settings, run_benchmark
-from dart_hf.benchmark.models import PUBLISHED_ACCURACY, BenchmarkModel, benchmark_models
+from dart_hf.benchmark.models import PUBLISHED_ACCURACY, BenchmarkModel, benchmark_models, choose_models
 from dart_hf.benchmark.report import COMPARISONS
 from dart_hf.benchmark.timing import PARTS, interleave, parts_of, training_step
 
@@ -137,12 +137,17 @@ def test_models_take_turns():
 def test_published_numbers_and_comparisons_are_of_benchmark_models():
     names = {entry.name for entry in benchmark_models()}
     assert {"DART-Ti@121", "DART-S@392", "DART-Vim-S@196", "DART-RMT-L6@196", "DeiT-B@224", "ViT-S@448"} <= names
+    assert [entry.name for entry in choose_models(["DART-S@392*", "DART-*/encoder"])] == [
+        "DART-S@392",
+        "DART-Ti@196/encoder",
+        "DART-S@392/encoder",
+    ]
     assert set(PUBLISHED_ACCURACY) <= names and {name for pair in COMPARISONS for name in pair} <= names
 
 
-@pytest.mark.parametrize("size", ["Ti", "Vim-Ti", "RMT-S"])
-def test_parts_compute_the_logits_of_the_whole(size):
-    model = BenchmarkModel("DART", size, 64, 9).build().eval()
+@pytest.mark.parametrize(("size", "scorer"), [("Ti", None), ("Ti", "encoder"), ("Vim-Ti", None), ("RMT-S", None)])
+def test_parts_compute_the_logits_of_the_whole(size, scorer):
+    model = BenchmarkModel("DART", size, 64, 9, scorer).build().eval()
     images = torch.randn(2, 3, 64, 64)
     parts = parts_of(model, images, Settings())
     assert tuple(parts) == PARTS

@@ -89,12 +89,12 @@ def test_unusable_images_enter_no_statistics(model, pixel_values):
     spoilt = pixel_values.clone()
     spoilt[1, 0, 0, 0] = torch.nan
     spoilt[4] = torch.inf
-    logits, usable = raw_scores(model.scorer, spoilt)
+    logits, usable = raw_scores(model, spoilt)
     assert logits.dtype == torch.float64 and logits.shape == (16, 4, 4)
     assert usable.tolist() == [index not in (1, 4) for index in range(16)]
     assert model.config.score_normalization == "batch" and not model.scorer.statistics._forward_hooks
     model.scorer.head.fc2.weight.zero_()
-    assert not raw_scores(model.scorer, pixel_values)[1].any()
+    assert not raw_scores(model, pixel_values)[1].any()
 
     moments, expected = Calibration(), Calibration()
     constant = torch.zeros(1, *logits.shape[1:], dtype=torch.float64)

@@ -167,6 +167,9 @@ def test_image_with_unusable_scores_gets_the_uniform_partition(exported, model_f
     ("format", "settings"),
     [
         ("torch", {"partition": "uniform"}),
+        ("onnx", {"scorer": "detail"}),
+        slow("onnx", {"scorer": "encoder", "scorer_layers": 1}),
+        slow("torch", {"scorer": "encoder", "model_type": "dart_rmt"}),
         slow("onnx", {"partition": "grid", "statistics": False}),
         slow("onnx", {"scorer": "mobilenet_v3_small", "scorer_head": "v2", "score_normalization": "batch"}),
         slow("torch", {"score_normalization": "image", "scorer_head": "v2"}),

@@ -79,6 +79,7 @@ def test_trunks_are_frozen_by_default_unless_they_have_no_pretrained_weights(con
     assert config_class().scorer_frozen
     assert not config_class(scorer="conv").scorer_frozen
     assert config_class(scorer="conv", scorer_frozen=True).scorer_frozen
+    assert config_class(scorer="detail", scorer_frozen=False).scorer_frozen
 
 
 @every_class
@@ -95,7 +96,13 @@ def test_trunks_are_frozen_by_default_unless_they_have_no_pretrained_weights(con
         ({"initializer_range": -0.1}, "initializer_range must be at least 0, got -0.1"),
         ({"num_channels": 4}, "reads 3 channels, got num_channels=4: use scorer='conv'"),
         ({"scorer": "timm/"}, "scorer='timm/' names no timm model"),
-        ({"scorer": "vgg"}, "scorer='vgg' is unknown: accepted are 'conv', 'timm/<name>', 'mobilenet_v3_small'"),
+        (
+            {"scorer": "vgg"},
+            "scorer='vgg' is unknown: accepted are 'conv', 'detail', 'encoder', 'timm/<name>', 'mobilenet_v3_small'",
+        ),
+        ({"scorer": "encoder", "scorer_layers": -1}, "scorer_layers must be at least 0, got -1"),
+        ({"scorer": "encoder", "scorer_layers": 99}, "scorer_layers must be at most [0-9]+, as many as .* got 99.$"),
+        ({"scorer": "detail", "scorer_layers": 1}, "scorer_layers=1 needs scorer='encoder', got 'detail'"),
         ({"partition": "hexagons"}, "partition must be .*'grid' or 'uniform', got 'hexagons'.$"),
         ({"num_patches": True}, "num_patches must be .*int, got True.$"),
         ({"scorer_frozen": "yes"}, "scorer_frozen must be .*bool or None, got 'yes'.$"),

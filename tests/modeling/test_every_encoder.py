@@ -23,6 +23,12 @@ SIDE = 32
 LAYERS = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, "dart_rmt": {"drop_path_rate": 0.0}}
 # Deep enough that some layers can be on disk and others in memory.
 DEEP = {"dart": {"num_hidden_layers": 8}, "dart_vim": {"num_hidden_layers": 8}, "dart_rmt": {"depths": [1, 8]}}
+# The scorers without a trunk go through the tests of one model each.
+MODELS = [
+    *((model_type, {}) for model_type in ENCODERS),
+    ("dart", {"scorer": "detail"}),
+    *((model_type, {"scorer": "encoder", "scorer_layers": 1}) for model_type in ENCODERS),
+]
 PARTITIONS = [("dart", "flow"), ("dart", "grid"), ("dart_vim", "flow"), ("dart_vim", "grid"), ("dart_rmt", "grid")]
 
 
@@ -38,9 +44,10 @@ def model_type(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def model(model_type) -> RegionPreTrainedModel:
-    return make_model(model_type)
+@pytest.fixture(params=MODELS, ids=lambda entry: "-".join(map(str, (entry[0], *entry[1].values()))))
+def model(request) -> RegionPreTrainedModel:
+    model_type, settings = request.param
+    return make_model(model_type, **settings)
 
 
 def make_model(model_type: str, **settings) -> RegionPreTrainedModel:
@@ -141,14 +148,15 @@ def gradients(model: RegionPreTrainedModel) -> list[torch.Tensor]:
 
 
 def test_every_parameter_gets_the_same_gradient_with_and_without_checkpointing(model):
-    expected, calls = gradients(model.train()), []
+    calls = []
     for layer in layers(model).values():
         next(layer.children()).register_forward_pre_hook(lambda *_: calls.append(1))
+    expected, plainly = gradients(model.train()), len(calls)
     model.gradient_checkpointing_enable()
     for (name, _), plain, found in zip(model.named_parameters(), expected, gradients(model), strict=True):
         assert plain.isfinite().all() and plain.abs().sum() > 0, name
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
-    assert len(calls) == 2 * len(layers(model))
+    assert len(calls) == 2 * plainly + len(layers(model))
 
 
 def test_save_and_load_is_exact(model, tmp_path):
@@ -243,7 +251,7 @@ def test_half_precision_keeps_the_regions(model_type, implementation, dtype, noi
     assert 0 < (found.logits - expected.logits).abs().max() / expected.logits.abs().max() < noise
 
 
-@pytest.mark.parametrize("scorer", ["conv", "mobilenet_v3_small"])
+@pytest.mark.parametrize("scorer", ["conv", "mobilenet_v3_small", "detail", "encoder"])
 @pytest.mark.parametrize("normalization", ["running", "image", "batch"])
 @pytest.mark.parametrize(("model_type", "partition"), [*PARTITIONS, ("dart", "uniform"), ("dart_rmt", "uniform")])
 def test_no_value_is_read_on_the_host(model_type, partition, normalization, scorer):

@@ -145,7 +145,7 @@ def test_a_uniform_partition_gives_the_plain_network_and_runs_no_scorer(monkeypa
     model = make_model(partition="uniform", num_patches=64)
     monkeypatch.setattr(model.scorer, "forward", None)
     found = model.dart_rmt(pixels(), output_regions=True)
-    torch.testing.assert_close(found.last_hidden_state, model.dart_rmt.encode(pixels()))
+    torch.testing.assert_close(found.last_hidden_state, model.dart_rmt.encode(pixels()).last_hidden_state)
     assert (found.regions.scores == 1).all()
 
 
