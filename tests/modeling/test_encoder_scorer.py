@@ -12,7 +12,13 @@ DEEP = {"dart": {"num_hidden_layers": 2}, "dart_vim": {"num_hidden_layers": 2}, 
 
 
 def make_model(model_type: str, num_layers: int = 0, **settings) -> RegionPreTrainedModel:
-    settings = {**DEEP[model_type], "initializer_range": 0.2, "score_normalization": "image", **settings}
+    settings = {
+        "num_patches": 12,
+        **DEEP[model_type],
+        "initializer_range": 0.2,
+        "score_normalization": "image",
+        **settings,
+    }
     return tiny_classifier(model_type=model_type, scorer="encoder", scorer_layers=num_layers, **settings).double()
 
 
