@@ -10,10 +10,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.configuration_dart_rmt import DartRmtConfig
 from dart_hf.modeling.configuration_dart_vim import DartVimConfig
+from dart_hf.modeling.configuration_dartified import DartifiedConfig
 from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.modeling.modeling_dart import DartForImageClassification, DartModel, DartPreTrainedModel
 from dart_hf.modeling.modeling_dart_rmt import DartRmtForImageClassification, DartRmtModel, DartRmtPreTrainedModel
 from dart_hf.modeling.modeling_dart_vim import DartVimForImageClassification, DartVimModel, DartVimPreTrainedModel
+from dart_hf.modeling.modeling_dartified import (
+    DartifiedForImageClassification,
+    DartifiedModel,
+    DartifiedPreTrainedModel,
+)
 from dart_hf.modeling.region_partition import Regions
 from dart_hf.moved_names import keep_old_modules
 from dart_hf.version import __version__
@@ -25,6 +31,7 @@ for _config, _model, _classifier in (
     (DartConfig, DartModel, DartForImageClassification),
     (DartVimConfig, DartVimModel, DartVimForImageClassification),
     (DartRmtConfig, DartRmtModel, DartRmtForImageClassification),
+    (DartifiedConfig, DartifiedModel, DartifiedForImageClassification),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoImageProcessor.register(_config, image_processor_classes={"torchvision": DartImageProcessor})
@@ -40,11 +47,15 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is first used, because the training room is slow to import.
+    # Imported when they are first used, because these rooms are slow to import.
     if name == "DartTrainer":
         from dart_hf.training.trainer import DartTrainer
 
         return DartTrainer
+    if name == "dartify":
+        from dart_hf.retrofit.dartify import dartify
+
+        return dartify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -63,6 +74,11 @@ __all__ = [
     "DartVimForImageClassification",
     "DartVimModel",
     "DartVimPreTrainedModel",
+    "DartifiedConfig",
+    "DartifiedForImageClassification",
+    "DartifiedModel",
+    "DartifiedPreTrainedModel",
     "Regions",
     "__version__",
+    "dartify",
 ]

@@ -1,7 +1,6 @@
 """DART with a ViT (DeiT) encoder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dart import DartConfig
 from .modeling_dart_base import (
-    DartImageClassifierOutput,
     DartModelOutput,
+    DistilledImageClassifierOutput,
     ImageClassifierMixin,
     RegionPreTrainedModel,
     build_classifier,
@@ -27,19 +26,6 @@ from .modeling_dart_base import (
     eager_attention_forward,
 )
 from .region_tokenizer import RegionTokenizer
-
-
-@dataclass
-class DistilledImageClassifierOutput(DartImageClassifierOutput):
-    """[`DartImageClassifierOutput`] and the outputs of both classifiers of a distilled model.
-
-    Args:
-        cls_logits, distillation_logits: (B, num_labels) of the class token's and of the distillation token's
-            classifier; `logits` is their mean. None without a distillation head.
-    """
-
-    cls_logits: torch.FloatTensor | None = None
-    distillation_logits: torch.FloatTensor | None = None
 
 
 class DartAttention(nn.Module):

@@ -36,6 +36,19 @@ class DartImageClassifierOutput(ImageClassifierOutput):
     regions: Regions | None = None
 
 
+@dataclass
+class DistilledImageClassifierOutput(DartImageClassifierOutput):
+    """[`DartImageClassifierOutput`] and the outputs of both classifiers of a distilled model.
+
+    Args:
+        cls_logits, distillation_logits: (B, num_labels) of the class token's and of the distillation token's
+            classifier; `logits` is their mean. None without a distillation head.
+    """
+
+    cls_logits: torch.FloatTensor | None = None
+    distillation_logits: torch.FloatTensor | None = None
+
+
 class RegionPreTrainedModel(PreTrainedModel):
     """Initial weights, loading, and freezing of the scorer. Every base model has its scorer in `tokenizer`."""
 
@@ -217,11 +230,7 @@ class ImageClassifierMixin:
         Raises:
             ValueError: The number of labels is not the number of images; or see [`RegionPartitioner.check`].
         """
-        if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
-            raise ValueError(
-                f"labels must have one entry per image, got shape {tuple(labels.shape)} for "
-                f"{pixel_values.shape[0]} images."
-            )
+        check_labels(labels, pixel_values)
         outputs = self.base_model(
             pixel_values,
             num_patches=num_patches,
@@ -250,6 +259,14 @@ def resized(images: Tensor, size: int) -> Tensor:
     if images.shape[2:] == (size, size):
         return images
     return interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def check_labels(labels: Tensor | None, pixel_values: Tensor) -> None:
+    """Raise a ValueError unless there is a label, or a row of labels, for each image."""
+    if labels is not None and labels.shape[:1] != pixel_values.shape[:1]:
+        raise ValueError(
+            f"labels must have one entry per image, got shape {tuple(labels.shape)} for {pixel_values.shape[0]} images."
+        )
 
 
 def build_classifier(num_features: int, num_labels: int) -> nn.Module:

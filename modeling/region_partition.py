@@ -116,17 +116,36 @@ def band_weights(row_edges: Tensor, grid_size: int) -> Tensor:
     return coverage / coverage.sum(dim=2, keepdim=True).clamp(min=1e-6)
 
 
-def position_weights(regions: Regions, grid_size: int) -> Tensor:
-    """The share of each cell of the position table, of side G, in each of N regions: (B, N, G·G).
+def position_weights(regions: Regions, rows: int, columns: int) -> Tensor:
+    """The share of each cell of a position table of rows×columns cells in each of N regions: (B, N, rows·columns).
 
     The shares of a region sum to 1, those of a region without width to 0.
     """
     num_bands = regions.row_edges.shape[1] - 1
-    num_cells = num_bands * grid_size
+    num_cells = num_bands * columns
     coverage = cell_coverage(regions.strip_edges * (num_cells / regions.strip_edges[:, -1:]), num_cells)
     coverage = coverage / (coverage.sum(dim=2, keepdim=True) + 1e-12)
-    by_band = coverage.unflatten(2, (num_bands, grid_size))
-    return torch.einsum("bnrc,brg->bngc", by_band, band_weights(regions.row_edges, grid_size)).flatten(2)
+    by_band = coverage.unflatten(2, (num_bands, columns))
+    return torch.einsum("bnrc,brg->bngc", by_band, band_weights(regions.row_edges, rows)).flatten(2)
+
+
+def region_centers(regions: Regions) -> Tensor:
+    """The centre of mass of each of N regions as fractions of height and width: (B, N, 2), each y, x.
+
+    A region without width has its centre at its edge.
+    """
+    num_bands = regions.row_edges.shape[1] - 1
+    bands = torch.arange(num_bands, device=regions.strip_edges.device)
+    # In bands: band i covers i … i + 1 of the strip.
+    edges = regions.strip_edges * (num_bands / regions.strip_edges[:, -1:])
+    starts = (edges[:, :-1, None] - bands).clamp(0, 1)
+    ends = (edges[:, 1:, None] - bands).clamp(0, 1)
+    borders = regions.row_edges / regions.row_edges[:, -1:]
+    areas = (ends - starts) * (borders[:, 1:] - borders[:, :-1])[:, None]
+    shares = areas / areas.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    y = (shares * ((borders[:, :-1] + borders[:, 1:]) / 2)[:, None]).sum(dim=2)
+    x = (shares * (starts + ends) / 2).sum(dim=2)
+    return torch.stack([y, x], dim=-1)
 
 
 def uniform_regions(scores: Tensor, num_patches: int, height: int, width: int) -> Regions:

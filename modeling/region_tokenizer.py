@@ -122,7 +122,7 @@ class RegionTokenizer(RegionPartitioner):
     def positions(self, regions: Regions) -> Tensor:
         """The position table averaged over every region: (B, N, D)."""
         with maybe_autocast(regions.row_edges.device.type, enabled=False):
-            weights = position_weights(regions, self.config.score_grid_size)
+            weights = position_weights(regions, self.config.score_grid_size, self.config.score_grid_size)
         return weights.to(self.position_embeddings.dtype) @ self.position_embeddings[0, 1:]
 
 
@@ -145,5 +145,10 @@ class PatchProjection(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
-        # A patch is stored column by column with its channels last, the kernel with its channels first.
-        return linear(patches, self.weight.permute(0, 3, 2, 1).flatten(1), self.bias)
+        return project_patches(patches, self.weight, self.bias)
+
+
+def project_patches(patches: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Patches (B, N, P·P·C) of [`sample_regions`] and the kernel (D, C, P, P) of a patch convolution -> (B, N, D)."""
+    # A patch is stored column by column with its channels last, the kernel with its channels first.
+    return linear(patches, kernel.permute(0, 3, 2, 1).flatten(1), bias)

@@ -11,6 +11,7 @@ import timm
 import torch
 import transformers
 from helpers.malicious import Malicious
+from helpers.tiny_models import random_weights
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,22 +42,13 @@ DISTILLED = "deit_tiny_distilled_patch16_224"
 SIDE, GRID = 64, 4
 
 
-def with_random_weights(model: nn.Module) -> nn.Module:
-    """Draw every parameter, position tables too, large enough to matter for the logits."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        deviation = 2 * parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.5
-        parameter.data = deviation * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
 def transformers_source(folder: Path, kind: str = "vit", **settings) -> nn.Module:
     """Save a small model of transformers in `folder`, with its image processor."""
     config_class, model_class, processor_class = CLASSES[kind]
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
     config = config_class(**{**size, **labels, "image_size": SIDE, **settings})
-    model = with_random_weights(model_class(config))
+    model = random_weights(model_class(config))
     model.save_pretrained(folder)
     processor_class(size={"height": SIDE, "width": SIDE}, do_center_crop=False).save_pretrained(folder)
     return model
@@ -68,7 +60,7 @@ def timm_source(
     """Save a small classifier of timm in `folder`: an encoder if `labels` is empty, with 1000 classes if it is None."""
     model_args = {"img_size": SIDE, "embed_dim": 32, "depth": 2, "num_heads": 2, **model_args}
     num_classes = 1000 if labels is None else len(labels)
-    model = with_random_weights(timm.create_model(name, num_classes=num_classes, **model_args))
+    model = random_weights(timm.create_model(name, num_classes=num_classes, **model_args))
     model_config = {"label_names": labels} if labels else {}
     save_for_hf(model, folder, model_config, model_args=model_args, safe_serialization=safe)
     return model

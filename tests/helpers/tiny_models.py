@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
@@ -45,3 +46,12 @@ def tiny_classifier(
     }
     config = AutoConfig.for_model(model_type, **{**shared, **ENCODERS[model_type], **settings})
     return AutoModelForImageClassification.from_config(config).eval()
+
+
+def random_weights(model: nn.Module) -> nn.Module:
+    """Draw every parameter, position tables too, large enough to matter for the outputs."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        deviation = 2 * parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.5
+        parameter.data = deviation * torch.randn(parameter.shape, generator=generator)
+    return model.eval()

@@ -19,6 +19,7 @@ from dart_hf.modeling.region_partition import (
     grid_regions,
     position_weights,
     quantiles,
+    region_centers,
     uniform_regions,
 )
 
@@ -99,7 +100,7 @@ def test_gradients_are_finite(case):
     regions = PARTITIONS[partition](scores, num_patches, height, width)
     weights = torch.rand(regions.strip_edges.shape[1], generator=torch.Generator().manual_seed(0)).to(scores.dtype)
     total = (regions.strip_edges * weights).sum() / width + regions.row_edges.sum() / height
-    total = total + (position_weights(regions, 4) * torch.arange(16)).sum()
+    total = total + (position_weights(regions, 4, 4) * torch.arange(16)).sum()
     (gradient,) = torch.autograd.grad(total, scores)
     assert gradient.isfinite().all()
 
@@ -187,12 +188,25 @@ def test_density_sums_to_one_and_marks_unusable_images():
 
 def test_position_weights_are_averages():
     regions = flow_regions(torch.rand(2, 6, 6, dtype=torch.float64), 30, 90, 70)
-    shares = position_weights(regions, 6)
+    shares = position_weights(regions, 6, 6)
     assert shares.shape == (2, 30, 36)
     for weights in (band_weights(regions.row_edges, 6), shares):
         torch.testing.assert_close(weights.sum(dim=2), torch.ones_like(weights[..., 0]))
     uniform = uniform_regions(torch.ones(1, 5, 5, dtype=torch.float64), 25, 100, 100)
-    torch.testing.assert_close(position_weights(uniform, 5)[0], torch.eye(25, dtype=torch.float64))
+    torch.testing.assert_close(position_weights(uniform, 5, 5)[0], torch.eye(25, dtype=torch.float64))
+    oblong = uniform_regions(torch.ones(1, 5, 5, dtype=torch.float64), 15, 60, 100)
+    torch.testing.assert_close(position_weights(oblong, 3, 5)[0], torch.eye(15, dtype=torch.float64))
+
+
+def test_centers_are_those_of_the_boxes():
+    regions = flow_regions(torch.rand(2, 6, 6, dtype=torch.float64), 30, 90, 70)
+    boxes, tokens = regions.boxes()
+    areas = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    moments = areas[..., None] * torch.stack([boxes[..., 1] + boxes[..., 3], boxes[..., 0] + boxes[..., 2]], -1) / 2
+    for image, owners, area, moment in zip(region_centers(regions), tokens, areas, moments, strict=True):
+        total = torch.zeros(30, dtype=torch.float64).index_add(0, owners, area)
+        expected = torch.zeros(30, 2, dtype=torch.float64).index_add(0, owners, moment) / total[:, None]
+        torch.testing.assert_close(image, expected / torch.tensor([90.0, 70]))
 
 
 @pytest.mark.parametrize(
