@@ -49,11 +49,8 @@ class Dinov2WithRegistersEmbeddings(Dinov2Embeddings):
 class SiglipEmbeddings(RegionEmbeddings):
     classes = ("SiglipVisionModel", "SiglipForImageClassification")
     layers = "encoder.layers"
+    convolution = "patch_embedding"
     prefix = ()
-
-    @property
-    def kernel(self) -> nn.Conv2d:
-        return self.original.patch_embedding
 
     @classmethod
     def enter(cls, body: nn.Module, embeddings: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -74,8 +71,13 @@ class DINOv3Embeddings(RegionEmbeddings):
     mass of each region. Cosine and sine travel as further channels of the embeddings."""
 
     classes = ("DINOv3ViTModel",)
+    convolution = "patch_embeddings"
     layers = "model.layer"
     registers = ("register_tokens",)
+
+    @staticmethod
+    def body(model: PreTrainedModel) -> nn.Module:
+        return model
 
     @classmethod
     def install(cls, model: PreTrainedModel) -> RegionEmbeddings:
@@ -83,10 +85,6 @@ class DINOv3Embeddings(RegionEmbeddings):
         body = cls.body(model)
         body.rope_embeddings = embeddings.rotary = RegionRotary(body.rope_embeddings, embeddings.num_prefix_tokens)
         return embeddings
-
-    @property
-    def kernel(self) -> nn.Conv2d:
-        return self.original.patch_embeddings
 
     def positions(self, rows: int, columns: int) -> None:
         return None
@@ -97,7 +95,7 @@ class DINOv3Embeddings(RegionEmbeddings):
         return torch.cat([embeddings, rotations.to(embeddings.dtype)], dim=2)
 
     def forward(self, embeddings: Tensor, **kwargs: Any) -> Tensor:
-        return embeddings[..., : self.kernel.out_channels]
+        return embeddings[..., : self.projection.weight.shape[0]]
 
     @classmethod
     def enter(cls, body: nn.Module, embeddings: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -138,6 +136,7 @@ class TimmEmbeddings(RegionEmbeddings):
 
     classes = ("TimmWrapperModel", "TimmWrapperForImageClassification")
     place = "patch_embed"
+    convolution = "proj"
     layers = "blocks"
 
     @classmethod
@@ -180,11 +179,7 @@ class TimmEmbeddings(RegionEmbeddings):
 
     @classmethod
     def image_size(cls, model: PreTrainedModel) -> Sequence[int]:
-        return cls.body(model).patch_embed.img_size
-
-    @property
-    def kernel(self) -> nn.Conv2d:
-        return self.original.proj
+        return cls.body(model).patch_embed.original.img_size
 
     def project(self, patches: Tensor) -> Tensor:
         return self.original.norm(super().project(patches))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -86,7 +87,18 @@ class DartifiedPreTrainedModel(RegionPreTrainedModel):
     _supports_attention_backend = True
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.embeddings.kernel
+        return self.base_model.embeddings.projection
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, DartifiedModel):
+            # The original's own initialisation expects a convolution here.
+            projection = module.embeddings.projection
+            init.trunc_normal_(projection.weight, std=self.config.initializer_range)
+            if projection.bias is not None:
+                init.zeros_(projection.bias)
+        else:
+            super()._init_weights(module)
 
     def outputs_wanted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the original for the outputs that this call or the configuration asks for."""
@@ -122,7 +134,7 @@ class DartifiedModel(DartifiedPreTrainedModel):
         """Images (B, C, H, W) -> the encoder's embeddings (B, S + N, …), and the regions."""
         patches, regions, grid = self.tokenizer(pixel_values, num_patches, self.look)
         embeddings = self.embeddings
-        return embeddings.embed(patches.to(embeddings.kernel.weight.dtype), regions, *grid), regions
+        return embeddings.embed(patches.to(embeddings.projection.weight.dtype), regions, *grid), regions
 
     def first_layers(self, images: Tensor, num_layers: int) -> Tensor:
         grid = (self.config.score_grid_size, self.config.score_grid_size)

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
 from .region_partition import Regions, position_weights
-from .region_tokenizer import project_patches
+from .region_tokenizer import PatchProjection
 
 
 class RegionEmbeddings(nn.Module):
@@ -25,6 +25,8 @@ class RegionEmbeddings(nn.Module):
     classes: ClassVar[tuple[str, ...]] = ()
     # The name of the embedding module in `body`.
     place: ClassVar[str] = "embeddings"
+    # The name of the patch convolution in the embedding module.
+    convolution: ClassVar[str] = "patch_embeddings.projection"
     # The name of the list of layers in `body`.
     layers: ClassVar[str] = "layers"
     # Special tokens in front of the patches, by their names in `original`: those with rows in the position table, then
@@ -34,6 +36,7 @@ class RegionEmbeddings(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
+        original.set_submodule(self.convolution, PatchProjection.of(original.get_submodule(self.convolution)))
         self.original = original
 
     @classmethod
@@ -85,9 +88,9 @@ class RegionEmbeddings(nn.Module):
         return self.original.patch_embeddings
 
     @property
-    def kernel(self) -> nn.Conv2d:
-        """The patch convolution, (D, C, P, P)."""
-        return self.original.patch_embeddings.projection
+    def projection(self) -> PatchProjection:
+        """The patch convolution, applied to patches."""
+        return self.original.get_submodule(self.convolution)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -96,9 +99,9 @@ class RegionEmbeddings(nn.Module):
 
     def special_tokens(self, names: Sequence[str]) -> Tensor:
         """Special tokens (1, S, D) by their names in `original`."""
-        size = self.kernel.out_channels
+        size = self.projection.weight.shape[0]
         tokens = [getattr(self.original, name).reshape(1, -1, size) for name in names]
-        return torch.cat([self.kernel.weight.new_empty(1, 0, size), *tokens], dim=1)
+        return torch.cat([self.projection.weight.new_empty(1, 0, size), *tokens], dim=1)
 
     def forward(self, embeddings: Tensor, **kwargs: Any) -> Tensor:
         """Embeddings -> the same."""
@@ -123,11 +126,11 @@ class RegionEmbeddings(nn.Module):
 
     def project(self, patches: Tensor) -> Tensor:
         """Patches (B, N, P·P·C) -> tokens (B, N, D) without positions."""
-        return project_patches(patches, self.kernel.weight, self.kernel.bias)
+        return self.projection(patches)
 
     def positions(self, rows: int, columns: int) -> Tensor | None:
         """The position table for a grid, interpolated as the original does: (1, prefix + rows·columns, D)."""
-        kernel = self.kernel.weight
+        kernel = self.projection.weight
         patch_size = kernel.shape[-1]
         # Only its shape is read.
         embeddings = kernel.new_empty(1, self.special_tokens(self.prefix).shape[1] + rows * columns, kernel.shape[0])

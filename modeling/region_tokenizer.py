@@ -145,10 +145,12 @@ class PatchProjection(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Patches (B, N, P·P·C) of [`sample_regions`] -> embeddings (B, N, D)."""
-        return project_patches(patches, self.weight, self.bias)
+        # A patch is stored column by column with its channels last, the kernel with its channels first.
+        return linear(patches, self.weight.permute(0, 3, 2, 1).flatten(1), self.bias)
 
-
-def project_patches(patches: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """Patches (B, N, P·P·C) of [`sample_regions`] and the kernel (D, C, P, P) of a patch convolution -> (B, N, D)."""
-    # A patch is stored column by column with its channels last, the kernel with its channels first.
-    return linear(patches, kernel.permute(0, 3, 2, 1).flatten(1), bias)
+    @classmethod
+    def of(cls, convolution: nn.Conv2d) -> "PatchProjection":
+        """A projection with the parameters of a patch convolution."""
+        projection = cls(convolution.in_channels, convolution.out_channels, convolution.kernel_size[0])
+        projection.weight, projection.bias = convolution.weight, convolution.bias
+        return projection

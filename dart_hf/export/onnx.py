@@ -68,4 +68,5 @@ def _is_in_encoder(node: Any) -> bool:
     The scans of a Vision Mamba are left out: small time steps decide how far back a state remembers.
     """
     modules = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "")
-    return ".layers." in modules and not any(part in modules for part in IN_FLOAT32)
+    is_layer = any(part in modules for part in (".layers.", ".layer.", ".blocks."))
+    return is_layer and not any(part in modules for part in IN_FLOAT32)

@@ -1,6 +1,7 @@
 """Give a pretrained vision encoder region tokens in place of its grid of patches."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -61,9 +62,9 @@ def dartify(
         raise ValueError(f"{name} cannot be dartified: {REFUSED[model.config.model_type]}.")
     family = find_family(name)
     encoder = copy.deepcopy(model)
+    kernel = family.install(encoder).projection.weight
     image_size = _side("image", family.image_size(encoder))
-    kernel = family.install(encoder).kernel
-    patch_size = _side("patch", kernel.kernel_size)
+    patch_size = _side("patch", kernel.shape[2:])
     grid_size = image_size // patch_size
     num_patches = grid_size**2 if num_patches is None else num_patches
     if num_patches > image_size**2:
@@ -73,7 +74,7 @@ def dartify(
         encoder_class=name,
         image_size=image_size,
         patch_size=patch_size,
-        num_channels=kernel.in_channels,
+        num_channels=kernel.shape[1],
         num_patches=num_patches,
         partition=partition,
         scorer=scorer,
@@ -85,10 +86,10 @@ def dartify(
     is_classifier = "ForImageClassification" in name
     dartified = (DartifiedForImageClassification if is_classifier else DartifiedModel)(config)
     dartified.base_model.encoder = encoder
-    return dartified.to(kernel.weight.device, kernel.weight.dtype).train(model.training)
+    return dartified.to(kernel.device, kernel.dtype).train(model.training)
 
 
-def _side(what: str, size: int | tuple[int, ...]) -> int:
+def _side(what: str, size: int | Sequence[int]) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise ValueError(f"model: its {what} size is {height}×{width}; only squares are supported.")

@@ -1,5 +1,6 @@
 """LoRA: adapters of PEFT that hold everything a DART model needs besides its base weights."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
 # Parts of a model that a training changes in other ways than by a low-rank update.
 SCORER_PARTS = ("scorer.statistics", "scorer.head")
-CLASSIFIERS = ("classifier", "distillation_classifier")
+CLASSIFIERS = ("classifier", "cls_classifier", "distillation_classifier", "head")
+# The layers of an encoder, ours or a dartified one, by the names of their modules.
+LAYERS = re.compile(r"\.(?:layers?|blocks|stages)\.")
 
 
 def lora_config(model: RegionPreTrainedModel, **settings: Any) -> "LoraConfig":
@@ -33,13 +36,14 @@ def lora_config(model: RegionPreTrainedModel, **settings: Any) -> "LoraConfig":
     except ImportError as error:
         raise ImportError("LoRA needs the package peft: pip install peft.") from error
     modules = dict(model.named_modules())
-    encoder = [name for name in modules if ".scorer." not in name and (".layers." in name or ".stages." in name)]
-    saved = [*SCORER_PARTS, *(name for name in CLASSIFIERS if isinstance(modules.get(name), nn.Linear))]
+    encoder = [name for name in modules if ".scorer." not in name and LAYERS.search(name)]
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear) and ".scorer." not in name}
+    saved = [*SCORER_PARTS, *sorted(name for name in linear if name.rpartition(".")[2] in CLASSIFIERS)]
     if not model.config.scorer_frozen:
         saved.append("scorer.trunk")
     saved += [name for name, module in modules.items() if isinstance(module, nn.BatchNorm2d) and ".scorer." not in name]
     chosen = {
-        "target_modules": sorted({name.rpartition(".")[2] for name in encoder if isinstance(modules[name], nn.Linear)}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in encoder if name in linear}),
         "exclude_modules": r".*\.scorer\..*",
         "modules_to_save": saved,
     }

@@ -27,12 +27,13 @@ DECAYING_LAYERS = (
 # The parts of a model from its input to its output in timm's notation, by the names of their parameters. What matches
 # nothing (the final norm and the heads) comes last. A name may have a wrapper's prefix such as `module.`.
 DEPTHS = {
-    "tokens": r"(?:.*\.)?(?:tokenizer\.|stem\.|cls_token$|distillation_token$)",
+    "tokens": r"(?:.*\.)?(?:tokenizer\.|stem\.|embeddings\.|patch_embed\.|cls_token$|distillation_token$)",
     "layers": [
         (r"(?:.*?\.)?stages\.(\d+)\.layers\.(\d+)\.", None),
         # The step down to the next stage goes with the layer before it.
         (r"(?:.*?\.)?stages\.(\d+)\.downsample\.", WITH_PREVIOUS),
-        (r"(?:.*?\.)?layers\.(\d+)\.", None),
+        # Of a dartified model "layer" or "blocks".
+        (r"(?:.*?\.)?(?:layers?|blocks)\.(\d+)\.", None),
     ],
 }
 

@@ -133,7 +133,9 @@ def test_export_is_a_folder_with_program_labels_and_preprocessing(exported, mode
     torch.testing.assert_close(program(exported.path)(photograph), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", ["dart", "dart_vim", pytest.param("dart_rmt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["dart", "dart_vim", "dartified", pytest.param("dart_rmt", marks=pytest.mark.slow)]
+)
 def test_batches_of_any_size_give_the_logits_of_single_images(in_onnx, model_type):
     model_folder, exported = in_onnx(model_type)
     run, images = program(exported.path), pixels(7)

@@ -25,6 +25,19 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "layer_scale_init_value": 0.5,
         "projection_size": 32,
     },
+    "dartified": {
+        "encoder_class": "Dinov2ForImageClassification",
+        "encoder_config": {
+            "model_type": "dinov2",
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "mlp_ratio": 1,
+            "image_size": 32,
+            "patch_size": 4,
+            "initializer_range": 0.5,
+        },
+    },
 }
 
 

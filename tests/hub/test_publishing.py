@@ -258,7 +258,7 @@ def test_private_sources_are_named_only_in_private_repositories(hub, client, tmp
         assert (secret in files["README.md"], secret in files["training.json"]) == (is_named, is_named)
 
 
-@pytest.mark.parametrize("model_type", ["dart_vim", "dart_rmt"])
+@pytest.mark.parametrize("model_type", ["dart_vim", "dart_rmt", "dartified"])
 def test_every_architecture_is_published_with_its_code(hub, client, image, tmp_path, model_type):
     model = make_model(model_type=model_type, score_normalization="image")
     folder, name = save(tmp_path / "saved", model), f"user/{model_type}"
