@@ -42,7 +42,8 @@ def dartify(
             encoder, or a plain ViT of timm in transformers' wrapper; with or without a classifier. Or a LLaVA, VipLLaVA
             or PaliGemma whose vision tower is one of these: its tower is replaced in place.
         num_patches: Token budget N. The default is the number of the original's patches.
-        partition, scorer, **settings: Settings of [`DartifiedConfig`].
+        partition, scorer, **settings: Settings of [`DartifiedConfig`]. By default the score grid has the size of the
+            original's grid, and each image's scores are standardised by themselves.
 
     Returns:
         A [`DartifiedForImageClassification`] for an image classifier, else a [`DartifiedModel`], in the mode
@@ -81,7 +82,8 @@ def dartify(
         id2label=model.config.id2label,
         label2id=model.config.label2id,
         problem_type=model.config.problem_type,
-        **{"score_grid_size": grid_size, **settings},
+        # A scorer that was never trained has no running statistics.
+        **{"score_grid_size": grid_size, "score_normalization": "image", **settings},
     )
     is_classifier = "ForImageClassification" in name
     dartified = (DartifiedForImageClassification if is_classifier else DartifiedModel)(config)
