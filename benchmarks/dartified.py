@@ -16,9 +16,9 @@ import typer
 from torch import nn
 from transformers import PreTrainedModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
-from dart_hf import dartify
 from dart_hf.benchmark.timing import Settings, interleave, summary
 from dart_hf.environment import command_line, machine
+from dart_hf.retrofit.dartify import dartify
 
 SHARES = (0.5, 0.35, 0.25)
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.modeling_utils import PreTrainedModel
 
-from dart_hf import DartConfig, DartImageProcessor
 from dart_hf.conversion.vit import dart_from_vit
 from dart_hf.data.image_data import ImageData
 from dart_hf.data.labels import class_names, match_labels
 from dart_hf.hub.loading import load_config, load_dart_config, without_warnings
+from dart_hf.modeling.configuration_dart import DartConfig
 from dart_hf.modeling.configuration_region import RegionConfig
+from dart_hf.modeling.image_processing_dart import DartImageProcessor
 from dart_hf.presets import PRESETS, preset_config
 from dart_hf.training.settings import ModelArguments
 
@@ -27,7 +29,8 @@ PUBLISHED_CROP_PCT = 448 / 512
 # The model types that `dart_from_vit` reads; the last is timm's models in transformers.
 VIT_TYPES = ("vit", "deit", "timm_wrapper")
 # The linear layers that give logits.
-HEADS = ("classifier", "distillation_classifier")
+# Weights of the heads, by their names in our models and in dartified ones.
+HEADS = re.compile(r"(dartified\.encoder\.(timm_model\.)?)?((cls_|distillation_)?classifier|head)\.(weight|bias)")
 SINGLE_LABEL = "single_label_classification"
 
 
@@ -145,7 +148,7 @@ def adapted(
         result = type(model)(config)
     initial, state = result.state_dict(), model.state_dict()
     for key in initial:
-        if key.startswith(HEADS):
+        if HEADS.fullmatch(key):
             state[key] = initial[key] if order is None else state[key][order]
     try:
         result.load_state_dict(state)

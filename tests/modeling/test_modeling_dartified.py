@@ -8,8 +8,9 @@ import transformers
 from helpers.tiny_models import random_weights
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 
-from dart_hf import DartifiedForImageClassification, DartifiedModel, dartify
+from dart_hf import DartifiedForImageClassification, DartifiedModel
 from dart_hf.modeling.dartified_families import FAMILIES
+from dart_hf.retrofit.dartify import dartify
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 GRID = {"image_size": 32, "patch_size": 8}

@@ -10,8 +10,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
-from dart_hf import DartifiedModel, dartify
+from dart_hf import DartifiedModel
 from dart_hf.retrofit import set_image_tokens
+from dart_hf.retrofit.dartify import dartify
 
 TEXT = {
     "vocab_size": 40,
