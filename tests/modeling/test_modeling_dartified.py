@@ -29,15 +29,6 @@ CONFIGS = {
     "Dinov2": (transformers.Dinov2Config, {**SIZE, **GRID}),
     "DINOv3ViT": (transformers.DINOv3ViTConfig, {**SIZE, **GRID, "num_register_tokens": 2}),
 }
-# Any size of image gives other positions.
-RESIZING = [
-    "ViTModel",
-    "DeiTModel",
-    "Dinov2Model",
-    "Dinov2WithRegistersModel",
-    "SiglipVisionModel",
-    "DINOv3ViTModel",
-]
 CLASSES = [name for family in FAMILIES for name in family.classes]
 
 
@@ -73,6 +64,20 @@ def test_equal_regions_give_the_outputs_of_the_original(name):
         check_same(dartified.to(precision)(pixel_values, **wanted), model.to(precision)(pixel_values, **wanted), rtol)
     model.float()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", [family.classes[0] for family in FAMILIES])
+def test_models_of_real_size_give_the_outputs_of_the_original(name):
+    config_class, _ = next(CONFIGS[prefix] for prefix in CONFIGS if name.startswith(prefix))
+    config = config_class(architecture="vit_small_patch16_224") if name.startswith("Timm") else config_class()
+    model = getattr(transformers, name)(config).eval()
+    dartified = dartify(model, partition="uniform", scorer="conv")
+    side = dartified.config.image_size
+    for precision, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        pixel_values = images(side, side)[:1].to(precision)
+        check_same(dartified.to(precision)(pixel_values), model.to(precision)(pixel_values), rtol)
 
 
 @torch.no_grad()
