@@ -60,6 +60,8 @@ def make_model_card(model: PreTrainedModel, repo_id: str, records: Records) -> M
         parts.append(_normalization(model))
     if measured:
         parts.append(_evaluation(model, measured))
+    if records.distillation:
+        parts.append(_distillation(records.distillation))
     if records.training:
         parts.append(_training(records))
     parts.append(f"## Citation\n\n```bibtex\n{CITATION}\n```")
@@ -238,6 +240,37 @@ def _shown(value: float | None, metric: Metric) -> str:
     if value is None:
         return "–"
     return f"{value:.1%}" if metric.is_share else f"{value:.4g}"
+
+
+def _distillation(record: Mapping[str, Any]) -> str:
+    data = record.get("data", {})
+    rows = {
+        "Distilled from": record.get("started_from"),
+        "Data": data.get("source"),
+        "Images, without labels": data.get("num_train_images"),
+        "Trained": record.get("trained"),
+        "Steps": record.get("steps"),
+        "Images in a step": record.get("batch_size"),
+        "Learning rate": record.get("learning_rate"),
+        "Pixels on a side": record.get("image_size"),
+        "Pixels on a side for the original": record.get("teacher_size"),
+    }
+    known = [(name, _in_one_cell(value)) for name, value in rows.items() if value is not None]
+    text = f"## Distillation\n\n{_table(('', ''), known)}"
+    kinds = {"pooled": "features of the image", "patches": "features of its patches"}
+    compared = [
+        (
+            budget.get("num_patches"),
+            *(f"{budget[f'{kind}_before']:.3f} → {budget[f'{kind}_after']:.3f}" for kind in kinds),
+        )
+        for budget in record.get("similarity", [])
+    ]
+    if not compared:
+        return text
+    return (
+        f"{text}\n\nCosine similarity to the original on {data.get('num_held_out_images', 'some')} held-out images, "
+        f"before → after:\n\n{_table(('tokens', *kinds.values()), compared)}"
+    )
 
 
 def _training(records: Records) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from dart_hf.files import weights_sha256
 from dart_hf.hub.loading import load_model, without_warnings
 from dart_hf.hub.model_card import is_replaceable, make_model_card, merge_cards
-from dart_hf.hub.records import EVALUATION, TRAINING, Records, read_record
+from dart_hf.hub.records import DISTILLATION, EVALUATION, TRAINING, Records, read_record
 from dart_hf.hub.repository import NOTHING, PublishingError, Repository
 from dart_hf.hub.staging import (
     load_publishable,
@@ -82,7 +82,8 @@ def publish(
     Args:
         folder: What `save_pretrained`, `dart-hf convert` or `dart-hf train` wrote; it is only read. Published with the
             model, but not its checkpoints: `README.md`, `example.png` (or .jpg, .jpeg, .webp), the entries of
-            `training.json` that [`read_record`] selects, and those of `evaluation.json` if it is of these weights.
+            `training.json` and `distillation.json` that [`read_record`] selects, and those of `evaluation.json` if it
+            is of these weights.
         repo_id: "user/model" or "organisation/model", or "model" for the token's own account.
         private: Make a new repository private. The default is the account's setting. An existing repository stays as
             it is; True refuses a public one.
@@ -108,9 +109,9 @@ def publish(
     folder = Path(folder)
     model, processor = load_publishable(folder)
     expected = outputs_for_noise(model, processor)
-    training, evaluation = (
+    training, evaluation, distillation = (
         read_record(folder / f"{name}.json", shape)
-        for name, shape in (("training", TRAINING), ("evaluation", EVALUATION))
+        for name, shape in (("training", TRAINING), ("evaluation", EVALUATION), ("distillation", DISTILLATION))
     )
     omits_evaluation = bool(evaluation) and evaluation.get("weights_sha256") != weights_sha256(folder)
     if omits_evaluation:
@@ -129,12 +130,15 @@ def publish(
         def hub_id(record: dict, key: str, repo_type: str) -> str | None:
             return publishable_source(record, key, lambda name: repository.may_name(name, repo_type))
 
+        base_models = [hub_id(record, "started_from", "model") for record in (training, distillation)]
+        datasets = [hub_id(record.get("data", {}), "source", "dataset") for record in (training, distillation)]
         records = Records(
             training,
             evaluation,
+            distillation,
             license,
-            base_model=hub_id(training, "started_from", "model"),
-            dataset=hub_id(training.get("data", {}), "source", "dataset"),
+            base_model=base_models[0] or base_models[1],
+            dataset=datasets[0] or datasets[1],
             evaluation_dataset=hub_id(evaluation.get("data", {}), "source", "dataset"),
             example=example_name,
         )

@@ -1,6 +1,7 @@
 """Records: facts about a model beyond its weights, from its training and evaluation.
 
-`dart-hf train` writes `training.json` into the model's folder, `dart-hf evaluate --output` writes `evaluation.json`.
+`dart-hf train` writes `training.json` into the model's folder, `dart-hf dartify` writes `distillation.json`, and
+`dart-hf evaluate --output` writes `evaluation.json`.
 Only the entries that are listed here are published. Records hold more, such as access tokens and local paths.
 """
 
@@ -83,6 +84,20 @@ EVALUATION = {
     "versions": VERSIONS,
 }
 
+DISTILLATION = {
+    "data": {"source": str, **dict.fromkeys(("num_train_images", "num_held_out_images"), int)},
+    **dict.fromkeys(("started_from", "trained"), str),
+    **dict.fromkeys(("steps", "batch_size", "image_size", "teacher_size", "skipped_images"), int),
+    "learning_rate": Real,
+    "similarity": [
+        {
+            "num_patches": int,
+            **dict.fromkeys(("pooled_before", "pooled_after", "patches_before", "patches_after"), Real),
+        }
+    ],
+    "versions": VERSIONS,
+}
+
 
 @dataclass(frozen=True)
 class Records:
@@ -91,6 +106,7 @@ class Records:
     Args:
         training: `training.json`, read by [`read_record`].
         evaluation: `evaluation.json`, read by [`read_record`].
+        distillation: `distillation.json`, read by [`read_record`].
         license: The weights' licence by the Hub's name for it ("apache-2.0", "cc-by-nc-4.0").
         base_model: Hub id of the model that the training started from.
         dataset: Hub id of the training data.
@@ -100,6 +116,7 @@ class Records:
 
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    distillation: Mapping[str, Any] = field(default_factory=dict)
     license: str | None = None
     base_model: str | None = None
     dataset: str | None = None

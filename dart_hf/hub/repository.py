@@ -14,7 +14,7 @@ from dart_hf.hub_errors import http_cause, hub_reason
 # Files that belong to one set of weights. Those of other weights are deleted in the commit of a model.
 WEIGHTS_FILES = re.compile(
     r"(model|pytorch_model)(\.\w+)?(-\d+-of-\d+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?|"
-    r"(pre)?processor_config\.json|(training|evaluation)\.json"
+    r"(pre)?processor_config\.json|(training|evaluation|distillation)\.json"
 )
 NOTHING = "Nothing was published."
 REPEATABLE = "running this again makes it only if it is missing."

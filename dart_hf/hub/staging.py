@@ -90,7 +90,8 @@ def publishable_source(record: dict[str, Any], key: str, may_name: Callable[[str
 
 def stage_records(records: Records, staged: Path) -> None:
     """Write the records beside the model. The digest of the weights is that of the staged file."""
-    contents = {"training": records.training, "evaluation": records.evaluation}
+    names = ("training", "evaluation", "distillation")
+    contents = {name: getattr(records, name) for name in names}
     if records.evaluation:
         contents["evaluation"] = {**records.evaluation, "weights_sha256": weights_sha256(staged)}
     for name, content in contents.items():

@@ -14,11 +14,13 @@ import re
 import shutil
 from pathlib import Path
 
+from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dart_hf.files import atomic_write, flush_to_disk
+from dart_hf.modeling.modeling_dartified import DartifiedPreTrainedModel
 
 MARKER = "complete.json"
 
@@ -93,6 +95,17 @@ def is_last(checkpoint: str | os.PathLike, args: TrainingArguments) -> bool:
 def load_state(checkpoint: str | os.PathLike) -> TrainerState:
     """`Trainer`'s state in a checkpoint."""
     return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+
+
+def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """Load a dartified model's weights from a checkpoint; any other model stays as it is.
+
+    transformers saves the weights of some encoders under older names. Its `from_pretrained` translates them, but
+    `Trainer` does not, and would keep the weights that the model had before.
+    """
+    if isinstance(model, DartifiedPreTrainedModel):
+        saved = type(model).from_pretrained(checkpoint).state_dict()
+        model.load_state_dict({name: saved[name] for name in model.state_dict()})
 
 
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:

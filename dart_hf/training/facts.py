@@ -45,10 +45,15 @@ def training_facts(settings: TrainingSettings, data: ImageData, trainer: Trainer
         "epochs": trainer.state.epoch,
         "metrics": {},
         "skipped_images": int(trainer.accelerator.reduce(skipped)),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": package_versions(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a training's result depends on."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 

@@ -22,6 +22,7 @@ from dart_hf.evaluation.metrics import compute_metrics_for
 from dart_hf.training.checkpoints import (
     is_last,
     latest_complete_checkpoint,
+    load_renamed_weights,
     mark_complete,
     remove_checkpoint,
     remove_incomplete_checkpoints,
@@ -247,6 +248,8 @@ class DartTrainer(Trainer):
             elif self.is_world_process_zero():
                 remove_incomplete_checkpoints(self.args.output_dir)
         self._resumed_from = None if checkpoint is None else os.fspath(checkpoint)
+        if self._resumed_from is not None:
+            load_renamed_weights(self.model, self._resumed_from)
         # Loaded weights may be aligned in memory differently from new ones, and the last bits of a product can depend
         # on that.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
@@ -291,6 +294,8 @@ class DartTrainer(Trainer):
 
     def _end_training(self) -> None:
         """Called when the model has its final weights."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            load_renamed_weights(self.model, self.state.best_model_checkpoint)
         if self._average is None:
             return
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:

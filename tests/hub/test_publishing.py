@@ -156,8 +156,15 @@ def folder(tmp_path_factory) -> Path:
         "command": "dart-hf evaluate --model /home/me/model",
         "weights_sha256": weights_sha256(folder),
     }
+    similarity = {f"{kind}_{when}": 0.75 for kind in ("pooled", "patches") for when in ("before", "after")}
+    distillation = {
+        "started_from": str(folder / "original"),
+        "data": {"source": "/home/me/roses", "num_held_out_images": 5},
+        "similarity": [{"num_patches": 9, **similarity}],
+    }
     (folder / "training.json").write_text(json.dumps(training))
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "distillation.json").write_text(json.dumps(distillation))
     return folder
 
 
@@ -225,7 +232,7 @@ def card_of(hub: HubServer, name: str) -> ModelCard:
 def test_one_commit_holds_the_model_and_nothing_else(hub, published, folder):
     code = {name for name in published if name.endswith(".py")}
     assert {"modeling_dart.py", "region_scorer.py"} <= code
-    records = {"evaluation.json", "training.json"}
+    records = {"evaluation.json", "training.json", "distillation.json"}
     model = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
     assert set(published) == model | records | code
     assert len(hub.repository("user/tulips").commits) == 2 and not hub.repository("user/tulips").private
@@ -238,9 +245,11 @@ def test_one_commit_holds_the_model_and_nothing_else(hub, published, folder):
 
 
 def test_nothing_private_is_published(published, folder):
-    for name in ("README.md", "training.json", "evaluation.json", "config.json"):
+    for name in ("README.md", "training.json", "evaluation.json", "distillation.json", "config.json"):
         assert not [word for word in (str(folder.parent), "/me", "hf_secret") if word in published[name].decode()]
     training = json.loads(published["training.json"])
+    assert json.loads(published["distillation.json"])["data"]["source"] == "roses"
+    assert "| 9 | 0.750 → 0.750 | 0.750 → 0.750 |" in published["README.md"].decode()
     assert training["data"]["source"] == "flowers" and training["settings"] == {"learning_rate": 0.001}
 
 
@@ -275,7 +284,7 @@ def test_encoder_is_published(hub, client, tmp_path):
 def test_publishing_completes_what_push_to_hub_began(hub, client, published, folder, image, expected):
     client.call("push", folder, "user/pushed")
     files = hub.repository("user/pushed").files()
-    assert set(files) == set(published) - {"training.json", "evaluation.json"}
+    assert set(files) == set(published) - {"training.json", "evaluation.json", "distillation.json"}
     assert all(files[name] == published[name] for name in set(files) - {"README.md"})
     assert client.call("classify", "user/pushed", image) == expected
     assert GENERATED not in card_of(hub, "user/pushed").text
