@@ -113,7 +113,7 @@ def read_timm_vit(name: str, config: PreTrainedConfig) -> ViT:
         },
         tensors=tensors,
         names=TIMM_VIT_NAMES,
-        preparation=_timm_preparation(vit, num_channels, common["image_size"]),
+        preparation=timm_preparation(vit, num_channels, common["image_size"]),
         # Without heads, timm's distilled ViT averages its two tokens.
         classify=vit if vit.num_classes else lambda pixel_values: vit.forward_features(pixel_values)[:, 0],
     )
@@ -138,7 +138,7 @@ def _activation_name(activation: nn.Module) -> str:
     return ACTIVATIONS[name]
 
 
-def _timm_preparation(vit: VisionTransformer, num_channels: int, side: int) -> dict[str, Any]:
+def timm_preparation(vit: VisionTransformer, num_channels: int, side: int) -> dict[str, Any]:
     """Return the settings of timm's evaluation transform, which resizes to more than the crop."""
     data = resolve_model_data_config(vit)
     scaled = math.floor(side / data["crop_pct"])

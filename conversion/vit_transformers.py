@@ -78,7 +78,7 @@ def read_transformers_vit(name: str, config: PreTrainedConfig) -> ViT:
         },
         tensors=tensors,
         names=TRANSFORMERS_VIT_NAMES,
-        preparation=_transformers_preparation(name, config.num_channels, common["image_size"]),
+        preparation=transformers_preparation(name, config.num_channels, common["image_size"]),
         classify=lambda pixel_values: classifier(pixel_values).logits,
     )
 
@@ -116,7 +116,13 @@ def _load_transformers(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     return classifier.eval()
 
 
-def _transformers_preparation(name: str, num_channels: int, side: int) -> dict[str, Any]:
+def transformers_preparation(name: str, num_channels: int, side: int) -> dict[str, Any]:
+    """The settings of the `DartImageProcessor` that prepares images as a model's own image processor does.
+
+    Raises:
+        ValueError: The image processor does what `DartImageProcessor` does not.
+        OSError: It cannot be read.
+    """
     with source_errors(f"the image processor of {name!r}"):
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     given = {setting: value for setting, value in processor.to_dict().items() if value is not None}

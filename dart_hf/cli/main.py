@@ -17,6 +17,7 @@ from dart_hf.cli import (
     benchmark,
     calibrate,
     convert,
+    dartify,
     evaluate,
     export,
     predict,
@@ -92,6 +93,7 @@ def dart_hf(
 for _module, _command in (
     (quickstart, quickstart.quickstart),
     (convert, convert.convert),
+    (dartify, dartify.dartify),
     (train, train.train),
     (evaluate, evaluate.evaluate),
     (calibrate, calibrate.calibrate),
