@@ -1,6 +1,5 @@
 """Pretrained encoders of transformers that read region tokens in place of a grid of patches."""
 
-import copy
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -104,7 +103,7 @@ class DartifiedPreTrainedModel(RegionPreTrainedModel):
         """Arguments of the original for the outputs that this call or the configuration asks for."""
         flags = {name: kwargs.pop(name, None) for name in ("output_hidden_states", "output_attentions")}
         wanted = {name: getattr(self.config, name, False) if flag is None else flag for name, flag in flags.items()}
-        return {**kwargs, **{name: True for name, flag in wanted.items() if flag}}
+        return {**kwargs, **{name: flag for name, flag in wanted.items() if flag}}
 
 
 class DartifiedModel(DartifiedPreTrainedModel):
@@ -113,7 +112,7 @@ class DartifiedModel(DartifiedPreTrainedModel):
     def __init__(self, config: DartifiedConfig) -> None:
         super().__init__(config)
         self.tokenizer = PatchReader(config)
-        encoder_config = copy.deepcopy(config.encoder_config)
+        encoder_config = config.encoder_config
         encoder_config.id2label, encoder_config.label2id = config.id2label, config.label2id
         self.family = find_family(config.encoder_class)
         self.encoder = self.family.original_class(config.encoder_class)._from_config(encoder_config)

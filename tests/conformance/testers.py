@@ -25,6 +25,9 @@ from transformers.testing_utils import torch_device
 from dart_hf import (
     DartConfig,
     DartForImageClassification,
+    DartifiedConfig,
+    DartifiedForImageClassification,
+    DartifiedModel,
     DartImageProcessor,
     DartModel,
     DartRmtConfig,
@@ -121,7 +124,18 @@ DART_RMT = our_subject(
     hidden_state_sizes=(8, 8),
     returns_attentions=False,
 )
-OURS = (DART, DART_VIM, DART_RMT)
+DARTIFIED = our_subject(
+    DartifiedConfig,
+    DartifiedModel,
+    DartifiedForImageClassification,
+    settings={
+        "patch_size": 8,
+        "encoder_class": "ViTForImageClassification",
+        "encoder_config": ViTConfig(**TOKENS, **TRANSFORMER, **SHARED).to_dict(),
+    },
+    hidden_state_sizes=(11, 32),
+)
+OURS = (DART, DART_VIM, DART_RMT, DARTIFIED)
 CONTROL = Subject(
     ViTConfig,
     ViTModel,
@@ -150,7 +164,7 @@ class ModelTester:
         self.batch_size = 5
         self.is_training = True
         self.sequence_classification_class = subject.classifier_class
-        for name, value in subject.settings.items():
+        for name, value in {**TRANSFORMER, **subject.settings}.items():
             setattr(self, name, value)
         # The suites compare hidden states with these sizes, also if the hidden states are maps.
         self.num_hidden_layers = subject.num_layers
@@ -251,7 +265,9 @@ def build_test_cases(subject: Subject, suites: SimpleNamespace) -> dict[str, typ
 
     class ConfigurationTest(unittest.TestCase):
         def test_config(self) -> None:
-            settings = {name: value for name, value in subject.settings.items() if name != "num_labels"}
+            # The configuration computes or completes these.
+            nested = ("num_labels", "encoder_config")
+            settings = {name: value for name, value in subject.settings.items() if name not in nested}
             tester = suites.configuration.ConfigTester(
                 self,
                 config_class=subject.config_class,
