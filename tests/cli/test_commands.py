@@ -124,10 +124,11 @@ def test_convert_writes_a_model(run, folder, stand_in, tmp_path):
 def test_quickstart_options_reach_the_library(run, monkeypatch):
     library = create_autospec(dart_hf.quickstart.run_quickstart)
     monkeypatch.setattr(dart_hf.quickstart, "run_quickstart", library)
-    assert run("quickstart", "--output", "out", "--steps", "7", "--num-patches", "25", "--seed", "3").exit_code == 0
+    options = ("--steps", "7", "--num-patches", "25", "--scorer", "detail", "--seed", "3")
+    assert run("quickstart", "--output", "out", *options).exit_code == 0
     ((given, settings),) = library.call_args_list
     settings.pop("report", None)
-    assert (given, settings) == ((Path("out"),), {"steps": 7, "num_patches": 25, "seed": 3})
+    assert (given, settings) == ((Path("out"),), {"steps": 7, "num_patches": 25, "scorer": "detail", "seed": 3})
 
 
 def test_export_names_its_output_after_the_model(run, tmp_path, monkeypatch):
