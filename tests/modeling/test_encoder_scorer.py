@@ -91,6 +91,7 @@ def test_looking_teaches_the_layers_nothing_and_has_no_randomness(model_type):
     torch.testing.assert_close(scores, expected)
     assert all(module.training for name, module in model.named_modules() if ".trunk" not in name)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.look(pixels(), 2).requires_grad
     scores.square().sum().backward()
     assert {name.split(".")[-3] for name, value in model.named_parameters() if value.grad is not None} == {"head"}
 
