@@ -230,9 +230,11 @@ def _trained_part(
     """What a trainer gets: the encoder, with only a part that learns, or inside LoRA. Afterwards it is as before."""
     trainable = {parameter: parameter.requires_grad for parameter in encoder.parameters()}
     if lora is not None:
+        # First, because it says how to install peft.
+        settings = lora_config(encoder, **lora)
         from peft import get_peft_model
 
-        adapted = get_peft_model(encoder, lora_config(encoder, **lora))
+        adapted = get_peft_model(encoder, settings)
         try:
             yield adapted
         finally:
