@@ -12,12 +12,13 @@ from .configuration_region import RegionConfig, checked
 class DartifiedConfig(RegionConfig):
     """Configuration of a pretrained encoder that reads region tokens. [`dart_hf.dartify`] makes it.
 
-    The settings of scorer and partition are those of [`RegionConfig`]. There are two more:
+    The settings of scorer and partition are those of [`RegionConfig`]. There are three more:
 
     Args:
         encoder_config: The configuration of the original model, or its dictionary. Labels and problem type are read
             from this configuration, not from the original's.
         encoder_class: The name of the original's class in transformers, such as `"Dinov2Model"`.
+        encoder_arguments: Further arguments of that class, such as `{"add_pooling_layer": False}`.
     """
 
     model_type = "dartified"
@@ -26,6 +27,7 @@ class DartifiedConfig(RegionConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     encoder_class: str = "ViTModel"
+    encoder_arguments: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.encoder_config is None:

@@ -115,7 +115,8 @@ class DartifiedModel(DartifiedPreTrainedModel):
         encoder_config = config.encoder_config
         encoder_config.id2label, encoder_config.label2id = config.id2label, config.label2id
         self.family = find_family(config.encoder_class)
-        self.encoder = self.family.original_class(config.encoder_class)._from_config(encoder_config)
+        original_class = self.family.original_class(config.encoder_class)
+        self.encoder = original_class._from_config(encoder_config, **(config.encoder_arguments or {}))
         self.family.install(self.encoder)
         self.post_init()
 

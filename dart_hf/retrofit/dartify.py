@@ -1,6 +1,7 @@
 """Give a pretrained vision encoder region tokens in place of its grid of patches."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ def dartify(
     config = DartifiedConfig(
         encoder_config=copy.deepcopy(model.config),
         encoder_class=name,
+        encoder_arguments=_arguments(model),
         image_size=image_size,
         patch_size=patch_size,
         num_channels=kernel.shape[1],
@@ -89,6 +91,16 @@ def dartify(
     dartified = (DartifiedForImageClassification if is_classifier else DartifiedModel)(config)
     dartified.base_model.encoder = encoder
     return dartified.to(kernel.device, kernel.dtype).train(model.training)
+
+
+def _arguments(model: PreTrainedModel) -> dict[str, bool]:
+    """What the model was built with besides its configuration: some classes have optional parts."""
+    parts = {
+        "add_pooling_layer": getattr(model, "pooler", None),
+        "use_mask_token": getattr(getattr(model, "embeddings", None), "mask_token", None),
+    }
+    accepted = inspect.signature(type(model)).parameters
+    return {name: part is not None for name, part in parts.items() if name in accepted}
 
 
 def _side(what: str, size: int | Sequence[int]) -> int:

@@ -131,6 +131,21 @@ def test_saved_models_load_with_the_auto_classes(name, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("has_pooler", [True, False])
+@pytest.mark.parametrize("name", ["ViTModel", "IJepaModel"])
+def test_optional_parts_of_the_original_are_kept(name, has_pooler, tmp_path):
+    config_class, settings = CONFIGS[name.removesuffix("Model")]
+    model = getattr(transformers, name)(config_class(**settings), add_pooling_layer=has_pooler, use_mask_token=True)
+    dartified = dartify(random_weights(model), partition="uniform")
+    dartified.save_pretrained(tmp_path)
+    loaded, loading = DartifiedModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    outputs, expected = loaded(images()), model(images())
+    assert ("pooler_output" in outputs) == ("pooler_output" in expected) == has_pooler
+    check_same(outputs, expected, 1e-5)
+
+
+@torch.no_grad()
 def test_patch_of_14_reads_the_pixels_of_the_original():
     model = original("Dinov2Model", image_size=64, patch_size=14)
     dartified = dartify(model, partition="uniform", scorer="conv")
