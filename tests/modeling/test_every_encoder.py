@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers.tiny_models import ENCODERS, tiny_classifier
+from helpers.tiny_models import ENCODERS as ALL_ENCODERS
+from helpers.tiny_models import tiny_classifier
 from torch import distributed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dart_hf.modeling.modeling_dart_base import RegionPreTrainedModel
 
+# A dartified model holds an encoder of transformers, see test_modeling_dartified.
+ENCODERS = {name: settings for name, settings in ALL_ENCODERS.items() if name != "dartified"}
 LABELS = tuple("abcde")
 SIDE = 32
 # A ViT's classifier runs its last layer for the class token only, so two layers are needed.
