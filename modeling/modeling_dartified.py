@@ -139,7 +139,8 @@ class DartifiedModel(DartifiedPreTrainedModel):
     def first_layers(self, images: Tensor, num_layers: int) -> Tensor:
         grid = (self.config.score_grid_size, self.config.score_grid_size)
         regions = uniform_regions(images.new_ones(images.shape[0], *grid), grid[0] * grid[1], *images.shape[2:])
-        patches = sample_regions(images.to(self.dtype), regions, self.config.patch_size)
+        dtype = self.embeddings.projection.weight.dtype
+        patches = sample_regions(images.to(dtype), regions, self.config.patch_size)
         hidden_states = self.family.first_layers(
             self.encoder, self.embeddings.embed(patches, regions, *grid), num_layers
         )
