@@ -12,7 +12,7 @@ from dart_hf import DartImageProcessor
 from dart_hf.evaluation.calibration import calibrate_model
 from dart_hf.evaluation.prediction import predict
 from dart_hf.evaluation.run import run_evaluation
-from dart_hf.hub.loading import load_model
+from dart_hf.hub.loading import load_config, load_model
 
 LABELS = ("0", "1", "2")
 SIDE = 32
@@ -36,7 +36,9 @@ def start(request, tmp_path_factory) -> Path:
 def trained(start, photos, tmp_path_factory) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("trained") / "out"
     settings = ["--model", start, "--data", photos, "--output", output, "--per-device-train-batch-size", 6]
-    settings += ["--learning-rate", 1e-2, "--drop-path-rate", 0.1, "--layer-decay", 0.8, "--ema-decay", 0.8]
+    settings += ["--learning-rate", 1e-2, "--layer-decay", 0.8, "--ema-decay", 0.8]
+    if hasattr(load_config(start), "drop_path_rate"):
+        settings += ["--drop-path-rate", 0.1]
     settings += ["--mixup", 0.2, "--label-smoothing-factor", 0.1, "--disable-tqdm", True, "--num-train-epochs", 8]
     return output, train(*settings)
 
@@ -47,7 +49,9 @@ def test_training_learns_and_turns_scores_to_running_statistics(start, trained):
     assert facts["metrics"]["eval_accuracy"] > 0.6
     assert model.config.score_normalization == "running" and model.config.label2id == {"0": 0, "1": 1, "2": 2}
     before = dict(load_model(start)[0].named_parameters())
-    assert not [name for name, learned in model.named_parameters() if torch.equal(learned, before[name])]
+    unlearned = [name for name, learned in model.named_parameters() if torch.equal(learned, before[name])]
+    # DINOv2 reads its mask token in its pretraining only.
+    assert not [name for name in unlearned if not name.endswith("mask_token")]
 
 
 def test_evaluation_at_several_budgets(trained, photos):
