@@ -1,7 +1,6 @@
 """Pretrained encoders of transformers that read region tokens in place of a grid of patches."""
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class PatchReader(RegionPartitioner):
                 f"pixel_values must be at least {self.config.patch_size} pixels high and wide, one patch of the "
                 f"original, got {height}×{width}."
             )
-        if isinstance(num_patches, Integral) and num_patches > height * width:
+        if num_patches > height * width:
             raise ValueError(f"num_patches={num_patches} is more than the {height * width} pixels of the image.")
 
 

@@ -96,7 +96,7 @@ def run_dartify(
         say(f"Wrote {output}")
         return None
 
-    with _begun(output, settings):
+    with _begun(output, settings, resume):
         record = distill(
             student,
             original,
@@ -132,8 +132,8 @@ def run_dartify(
 
 
 @contextmanager
-def _begun(output: Path, settings: DartifySettings) -> Iterator[None]:
-    """Write the settings for a resumed run. A run that fails before its first checkpoint leaves nothing."""
+def _begun(output: Path, settings: DartifySettings, resume: bool) -> Iterator[None]:
+    """Write the settings for a resumed run. A new run that fails before its first checkpoint leaves nothing."""
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / SETTINGS_FILE) as unfinished:
         unfinished.write_text(json.dumps(asdict(settings), indent=2) + "\n")
@@ -146,7 +146,8 @@ def _begun(output: Path, settings: DartifySettings) -> Iterator[None]:
         )
         raise
     except Exception:
-        if latest_complete_checkpoint(output) is None:
+        # The folder of a resumed run can hold a finished model.
+        if not resume and latest_complete_checkpoint(output) is None:
             shutil.rmtree(output)
         raise
 

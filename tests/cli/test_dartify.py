@@ -1,6 +1,7 @@
 """`dart-hf dartify`: from a pretrained encoder and images without labels to a folder with a model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,18 @@ def test_a_stopped_run_is_resumed_with_its_settings(dartify, vit, tmp_path, monk
     assert sentence(dartify("--resume", "--steps", 5)) == (
         "dart-hf: --steps cannot change when a run is resumed. See 'dart-hf dartify --help'."
     )
+
+
+def test_a_resumed_run_that_fails_leaves_the_finished_model(dartify, vit, tmp_path, monkeypatch):
+    def fail(*given, **settings):
+        raise ValueError("no memory")
+
+    assert dartify("--model", vit, "--data", "photos", "--num-patches", 4, *QUICK).exit_code == 0
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    monkeypatch.setattr(dart_hf.retrofit.run, "distill", fail)
+    assert sentence(dartify("--resume")) == "dart-hf: no memory"
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,17 @@ def llava(tower: str = "clip_vision_model", **settings) -> PreTrainedModel:
     return random_weights(transformers.LlavaForConditionalGeneration(config))
 
 
+def vipllava() -> PreTrainedModel:
+    config = transformers.VipLlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **VISION},
+        text_config={"model_type": "llama", **TEXT},
+        image_token_index=3,
+        image_seq_length=16,
+        vision_feature_layers=[-1, -2],
+    )
+    return random_weights(transformers.VipLlavaForConditionalGeneration(config))
+
+
 def paligemma() -> PreTrainedModel:
     config = transformers.PaliGemmaConfig(
         vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
@@ -59,7 +70,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def llava_processor(model: PreTrainedModel):
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    strategy = model.config.vision_feature_select_strategy
+    strategy = getattr(model.config, "vision_feature_select_strategy", "default")
     has_class = model.config.vision_config.model_type == "clip_vision_model"
     return transformers.LlavaProcessor(
         images,
@@ -79,11 +90,12 @@ def paligemma_processor(model: PreTrainedModel):
 CASES = [
     (llava, llava_processor),
     (lambda: llava("siglip_vision_model", vision_feature_select_strategy="full"), llava_processor),
+    (vipllava, llava_processor),
     (paligemma, paligemma_processor),
 ]
 
 
-@pytest.mark.parametrize(("make", "make_processor"), CASES, ids=["llava-clip", "llava-siglip", "paligemma"])
+@pytest.mark.parametrize(("make", "make_processor"), CASES, ids=["llava-clip", "llava-siglip", "vipllava", "paligemma"])
 def test_language_model_reads_fewer_image_tokens(make, make_processor, tmp_path):
     model = make()
     processor = make_processor(model)
