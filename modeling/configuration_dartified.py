@@ -47,10 +47,6 @@ class DartifiedConfig(RegionConfig):
         return self.vision_config.hidden_size
 
     @property
-    def layer_widths(self) -> list[int]:
-        return [self.hidden_size] * (1 + self.num_hidden_layers)
-
-    @property
     def num_hidden_layers(self) -> int:
         return self.vision_config.num_hidden_layers
 

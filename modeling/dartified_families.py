@@ -147,6 +147,8 @@ class TimmEmbeddings(RegionEmbeddings):
                 f"timm's {model.config.architecture!r} cannot be dartified: of timm's models only plain ViTs, whose "
                 "patch embedding is one convolution, are accepted."
             )
+        # timm's configuration does not name these.
+        model.config.hidden_size, model.config.num_hidden_layers = vit.embed_dim, len(vit.blocks)
         embeddings = super().install(model)
         embeddings.move_tokens(vit)
         return embeddings

@@ -72,7 +72,7 @@ def dartify(
     if num_patches > image_size**2:
         raise ValueError(f"num_patches={num_patches} is more than the {image_size**2} pixels of the model's images.")
     config = DartifiedConfig(
-        encoder_config=copy.deepcopy(model.config),
+        encoder_config=encoder.config,
         encoder_class=name,
         encoder_arguments=_arguments(model),
         image_size=image_size,

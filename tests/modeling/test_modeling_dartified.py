@@ -131,6 +131,20 @@ def test_saved_models_load_with_the_auto_classes(name, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", [family.classes[0] for family in FAMILIES])
+def test_the_scorer_can_read_the_first_layers_of_every_family(name, tmp_path):
+    model = original(name)
+    dartified = dartify(model, num_patches=5, scorer="encoder", scorer_layers=1)
+    seen = dartified.look(images(), 1)
+    dartified.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path).look(images(), 1), seen)
+    if not name.startswith("Timm"):
+        hidden = model(images(), output_hidden_states=True).hidden_states[1]
+        expected = hidden[:, dartified.num_prefix_tokens :].mT.unflatten(2, (4, 4))
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("has_pooler", [True, False])
 @pytest.mark.parametrize("name", ["ViTModel", "IJepaModel"])
 def test_optional_parts_of_the_original_are_kept(name, has_pooler, tmp_path):
